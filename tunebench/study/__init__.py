@@ -1,0 +1,1 @@
+"""Study files, their resolution, the journal and what the journal says."""

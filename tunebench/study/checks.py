@@ -1,0 +1,208 @@
+"""What a study file says that no single key can show: parts that contradict each other or promise nothing.
+
+Every check yields the problems it finds and reads no data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from tunebench.study.problems import Problem, one_of
+from tunebench.study.search_space import SearchSpace
+from tunebench.study.spec import (
+    WATER_BOX,
+    ExtxyzData,
+    InWords,
+    Model,
+    NequipData,
+    Schedule,
+    ScheduleKind,
+    Study,
+    Workload,
+    XtbData,
+)
+from tunebench.workloads.molecules import MOLECULES
+from tunebench.workloads.presets import PRESETS
+
+SET_BY_TUNEBENCH = {
+    "seed": "tunebench sets it from the study's seed",
+    "model_dtype": "say model.dtype instead",
+    "r_max": "say model.r_max_angstrom instead",
+    "type_names": "tunebench sets it from the data",
+    "do_derivatives": "tunebench needs forces",
+    "preset": "say model.preset instead",
+}
+
+
+def study_problems(study: Study) -> Iterator[Problem]:
+    """Every contradiction inside a study file, in the order of its keys."""
+    yield from _repeated_names(study)
+    for index, workload in enumerate(study.workloads):
+        yield from _workload_problems(workload, f"workloads[{index}]")
+    yield from _schedule_problems(study.schedule, "schedule")
+    for index, arm in enumerate(study.optimizers):
+        if arm.schedule is not None:
+            yield from _schedule_problems(arm.schedule, f"optimizers[{index}].schedule")
+    yield from _objective_problems(study)
+    yield from _stage_problems(study)
+    gpus = study.resources.gpus_per_trial
+    if gpus > 1.0 and not gpus.is_integer():
+        yield Problem(
+            "resources.gpus_per_trial", gpus, "a fraction up to 1, or a whole number: Ray splits no second GPU"
+        )
+
+
+def space_problems(study: Study, spaces: Mapping[str, SearchSpace]) -> Iterator[Problem]:
+    """What optimizers and their fixed hyperparameters promise that their search spaces do not hold."""
+    for index, arm in enumerate(study.optimizers):
+        space = spaces[arm.name]
+        if not space.available:
+            yield Problem(f"optimizers[{index}].name", arm.name, f"an available optimizer; {arm.name}: {space.reason}")
+        yield from space.fixing_problems(arm.fixed, f"optimizers[{index}].fixed")
+    eps = {index: arm.fixed["eps"] for index, arm in enumerate(study.optimizers) if "eps" in arm.fixed}
+    if eps and (len(eps) < len(study.optimizers) or len({str(value) for value in eps.values()}) > 1):
+        index, value = next(iter(eps.items()))
+        yield Problem(f"optimizers[{index}].fixed.eps", value, "one value for all optimizers: it decides the ranking")
+
+
+def _repeated_names(study: Study) -> Iterator[Problem]:
+    for section, names in (
+        ("workloads", [workload.name for workload in study.workloads]),
+        ("optimizers", [arm.name for arm in study.optimizers]),
+    ):
+        for name, count in Counter(names).items():
+            if count > 1:
+                last = len(names) - 1 - names[::-1].index(name)
+                yield Problem(f"{section}[{last}].name", name, "each name once")
+
+
+def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
+    if isinstance(workload.data, XtbData):
+        yield from _xtb_problems(workload.data, f"{key}.data")
+    if isinstance(workload.data, ExtxyzData):
+        yield from _extxyz_problems(workload.data, f"{key}.data")
+    if isinstance(workload.data, NequipData):
+        yield from _nequip_problems(workload.data, f"{key}.data")
+    yield from _model_problems(workload.model, f"{key}.model")
+    yield from _loss_problems(workload, key)
+    yield from _size_problems(workload, key)
+
+
+def _xtb_problems(data: XtbData, key: str) -> Iterator[Problem]:
+    if data.system != WATER_BOX:
+        yield from _molecule_problems(data, key)
+    if data.ood_temperature_kelvin is not None and data.frames.ood == 0:
+        yield Problem(f"{key}.frames.ood", 0, "1 or more frames, because ood_temperature_kelvin is given")
+    if data.ood_temperature_kelvin is None and data.frames.ood > 0:
+        yield Problem(f"{key}.ood_temperature_kelvin", InWords("nothing"), "a value, because frames.ood is above 0")
+    if data.timestep_fs > data.interval_fs:
+        yield Problem(f"{key}.interval_fs", data.interval_fs, f"at least timestep_fs = {data.timestep_fs:g}")
+
+
+def _molecule_problems(data: XtbData, key: str) -> Iterator[Problem]:
+    if data.system not in MOLECULES and data.system not in _g2_names():
+        allowed = one_of([WATER_BOX, *MOLECULES], data.system)
+        yield Problem(f"{key}.system", data.system, f"a name of ASE's G2 set, or one of {allowed}")
+    for name in ("molecules", "density_g_cm3"):
+        if getattr(data, name) != XtbData.model_fields[name].default:
+            yield Problem(f"{key}.{name}", getattr(data, name), f"left out unless system is {WATER_BOX}")
+
+
+def _g2_names() -> list[str]:
+    from ase.collections import g2  # only names that the table above does not know cost this import
+
+    return list(g2.names)
+
+
+def _extxyz_problems(data: ExtxyzData, key: str) -> Iterator[Problem]:
+    if data.ood and data.frames.ood == 0:
+        yield Problem(f"{key}.frames.ood", 0, "1 or more frames, because ood files are given")
+    if not data.ood and data.frames.ood > 0:
+        yield Problem(f"{key}.ood", InWords("nothing"), "files by name, because frames.ood is above 0")
+
+
+def _nequip_problems(data: NequipData, key: str) -> Iterator[Problem]:
+    target = data.datamodule.get("_target_", InWords("nothing"))
+    if not isinstance(target, str) or isinstance(target, InWords):
+        yield Problem(f"{key}.datamodule._target_", target, "a DataModule's import path")
+    yield from _not_finite(data.datamodule, f"{key}.datamodule")
+    if len(set(data.ood)) < len(data.ood):
+        yield Problem(f"{key}.ood", list(data.ood), "each name once")
+
+
+def _model_problems(model: Model, key: str) -> Iterator[Problem]:
+    presets = PRESETS[model.family]
+    if model.preset not in presets:
+        yield Problem(f"{key}.preset", model.preset, f"for {model.family}: {one_of(presets, model.preset)}")
+    for name in model.arguments:
+        if name in SET_BY_TUNEBENCH or name.startswith("_"):
+            reason = SET_BY_TUNEBENCH.get(name, "tunebench names the builder itself")
+            yield Problem(f"{key}.arguments.{name}", model.arguments[name], f"left out: {reason}")
+    yield from _not_finite(model.arguments, f"{key}.arguments")
+
+
+def _not_finite(value: object, key: str) -> Iterator[Problem]:
+    """Infinities and NaN in free mappings, which JSON and therefore the study's hash cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield Problem(key, value, "a finite number")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _not_finite(part, f"{key}.{name}")
+    if isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _not_finite(part, f"{key}[{index}]")
+
+
+def _loss_problems(workload: Workload, key: str) -> Iterator[Problem]:
+    loss = workload.loss
+    if loss.energy_per_atom + loss.forces + loss.stress == 0.0:
+        yield Problem(f"{key}.loss", InWords("weights that are all 0"), "at least one weight above 0")
+    elif workload.labels.force_fraction == 0.0 and loss.energy_per_atom + loss.stress == 0.0:
+        yield Problem(f"{key}.labels.force_fraction", 0.0, "above 0, because the loss holds forces only")
+    if loss.stress > 0.0 and _without_stress(workload):
+        yield Problem(f"{key}.loss.stress", loss.stress, "0: a molecule is not periodic and has no stress")
+
+
+def _without_stress(workload: Workload) -> bool:
+    return isinstance(workload.data, XtbData) and workload.data.system != WATER_BOX
+
+
+def _size_problems(workload: Workload, key: str) -> Iterator[Problem]:
+    if not isinstance(workload.data, NequipData) and workload.batch_size > workload.data.frames.train:
+        train = workload.data.frames.train
+        yield Problem(f"{key}.batch_size", workload.batch_size, f"at most data.frames.train = {train}")
+    every = workload.evaluate_every_steps
+    if every is not None and every > workload.max_steps:
+        yield Problem(f"{key}.evaluate_every_steps", every, f"at most max_steps = {workload.max_steps}")
+
+
+def _schedule_problems(schedule: Schedule, key: str) -> Iterator[Problem]:
+    if schedule.kind is not ScheduleKind.WARMUP_STABLE_DECAY:
+        return
+    if schedule.warmup_fraction + schedule.decay_fraction > 1.0:
+        rest = 1.0 - schedule.warmup_fraction
+        yield Problem(f"{key}.decay_fraction", schedule.decay_fraction, f"at most 1 - warmup_fraction = {rest:g}")
+
+
+def _objective_problems(study: Study) -> Iterator[Problem]:
+    objective = study.objective
+    if objective.energy_per_atom + objective.forces + objective.stress == 0.0:
+        yield Problem("objective", InWords("weights that are all 0"), "at least one weight above 0")
+    molecules = [workload.name for workload in study.workloads if _without_stress(workload)]
+    if objective.stress > 0.0 and molecules:
+        yield Problem(
+            "objective.stress", objective.stress, f"0: workload {molecules[0]} is a molecule and has no stress"
+        )
+
+
+def _stage_problems(study: Study) -> Iterator[Problem]:
+    grace = study.tune.asha.grace_steps if study.tune.asha else None
+    shortest = min(study.workloads, key=lambda workload: workload.max_steps)
+    if grace is not None and grace > shortest.max_steps:
+        allowed = f"at most max_steps = {shortest.max_steps} of workload {shortest.name}"
+        yield Problem("tune.asha.grace_steps", grace, allowed)
+    if study.confirm.top_k > study.tune.trials_per_arm:
+        allowed = f"at most tune.trials_per_arm = {study.tune.trials_per_arm}"
+        yield Problem("confirm.top_k", study.confirm.top_k, allowed)

@@ -1,0 +1,81 @@
+"""environment.json: what a run was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tunebench.study.record import ENVIRONMENT
+
+_PACKAGES = (
+    "tunebench", "torch", "nequip", "nequip-allegro", "e3nn", "lightning", "ray", "optuna", "ase", "tblite",
+    "schedulefree", "pytorch_optimizer", "numpy", "scipy", "tensorboard",
+)  # fmt: skip
+
+
+def environment(data_hashes: dict[str, str]) -> dict[str, Any]:
+    """Versions, source revision, machine and data hashes of this process."""
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpus": _gpus(),
+        "revision": _revision(),
+        "data": data_hashes,
+    }
+
+
+def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
+    """Write environment.json, or compare with the one there is.
+
+    Returns:
+        What differs from the environment in which the run began, as lines; empty on a first start.
+    """
+    path, now = run / ENVIRONMENT, environment(data_hashes)
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=2) + "\n")
+        return []
+    before = json.loads(path.read_text())
+    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _gpus() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return _output(command).splitlines()
+
+
+def _revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    revision = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
+    dirty = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
+    return f"{revision}{' (modified)' if dirty else ''}" if revision else None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

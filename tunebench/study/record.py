@@ -1,0 +1,133 @@
+"""What a run directory says: the names of stages, reasons, splits, readouts and metrics, and one trial's record.
+
+This module is the contract between running and analysis. It imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+JOURNAL = "journal.log"
+STUDY = "study.yaml"
+STUDY_HASH = "study.sha256"
+ENVIRONMENT = "environment.json"
+CURVES = "curves"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+REPORT = "report"
+SEARCH_SPACES = "search_spaces"
+
+
+class Stage(StrEnum):
+    """Where in the protocol a trial stands; only CONFIRM trials rank."""
+
+    TUNE = "tune"
+    CONFIRM = "confirm"
+
+
+class Reason(StrEnum):
+    """Why a trial ended."""
+
+    FINISHED = "FINISHED"
+    STOPPED_ASHA = "STOPPED_ASHA"
+    DIVERGED = "DIVERGED"
+    OOM = "OOM"
+    CRASHED = "CRASHED"
+    PREEMPTED = "PREEMPTED"
+    TIMED_OUT = "TIMED_OUT"
+
+
+class Readout(StrEnum):
+    """Which weights an error was measured with.
+
+    RAW: the weights the optimizer steps on. EMA: their exponential moving average.
+    SCHEDULE_FREE: the averaged iterate x of schedule-free optimizers, which takes EMA's place in their arms.
+    """
+
+    RAW = "raw"
+    EMA = "ema"
+    SCHEDULE_FREE = "schedule_free"
+
+
+class Split(StrEnum):
+    """Fixed split names; an out-of-distribution split is called ``ood:NAME``."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+OOD_PREFIX = "ood:"
+
+
+class Metric(StrEnum):
+    """Curve metrics; all but LEARNING_RATE are better when lower.
+
+    Units: energies eV/atom, forces eV/Å, stress eV/Å³, LOSS and OBJECTIVE as the study weights them.
+    """
+
+    LOSS = "loss"
+    OBJECTIVE = "objective"
+    LEARNING_RATE = "learning_rate"
+    ENERGY_PER_ATOM_MAE = "energy_per_atom_mae"
+    ENERGY_PER_ATOM_RMSE = "energy_per_atom_rmse"
+    FORCES_MAE = "forces_mae"
+    FORCES_RMSE = "forces_rmse"
+    STRESS_MAE = "stress_mae"
+    STRESS_RMSE = "stress_rmse"
+
+
+CURVE_COLUMNS = ("trial", "step", "wall_s", "device_s", "split", "metric", "readout", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialKey:
+    """Names a trial: equal keys mean the same work, whichever process or attempt does it."""
+
+    workload: str
+    optimizer: str
+    stage: Stage
+    config_index: int
+    seed_index: int
+
+    @property
+    def arm(self) -> str:
+        """``WORKLOAD/OPTIMIZER``, also the name of the arm's Optuna study."""
+        return f"{self.workload}/{self.optimizer}"
+
+    @property
+    def trial_id(self) -> str:
+        """File-system safe name, for example ``ethanol-nequip.soap.confirm.c003.s1``."""
+        return f"{self.workload}.{self.optimizer}.{self.stage}.c{self.config_index:03d}.s{self.seed_index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial as the journal holds it.
+
+    Attributes:
+        state: Optuna's state name: WAITING, RUNNING, COMPLETE, PRUNED or FAIL.
+        reason: why it ended, ``None`` while it has not.
+        detail: what the reason needs, for STOPPED_ASHA ``{rung, cutoff, value, recorded}``, else ``{message}``.
+        value: the study's objective on the validation split at the last evaluation (lower is better), or ``None``.
+        params: the sampled hyperparameters. rungs: step -> objective.
+        seeds: named seeds ``{init, order, labels}``.
+        ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
+        groups: realised parameter groups, ``[{rule, tensors, parameters, share, ...}]``.
+        result: last measured errors, ``{split: {readout: {metric: value}}}``; test and ood only for the confirm stage.
+    """
+
+    key: TrialKey
+    number: int
+    state: str
+    reason: Reason | None
+    detail: dict[str, Any]
+    value: float | None
+    params: dict[str, Any]
+    rungs: dict[int, float]
+    seeds: dict[str, int]
+    ledger: dict[str, float]
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

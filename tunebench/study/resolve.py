@@ -1,0 +1,190 @@
+"""From a study file to a study that is complete, checked, hashed and, in a run directory, frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunebench.study import record
+from tunebench.study.checks import space_problems, study_problems
+from tunebench.study.problems import Problem, one_of, parse, raise_problems
+from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
+from tunebench.study.spec import Arm, ExtxyzData, InWords, Schedule, Study, StudyError, Workload
+from tunebench.study.strict_yaml import read_yaml, write_yaml
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedStudy:
+    """A study with everything it refers to.
+
+    Attributes:
+        study: the file with defaults filled in; paths of data files are absolute.
+        file: where it was read from.
+        spaces: by optimizer, its search space after `fixed` has been taken out of the search.
+        schedules: by optimizer, its learning-rate schedule.
+        hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count.
+    """
+
+    study: Study
+    file: Path
+    spaces: Mapping[str, SearchSpace]
+    schedules: Mapping[str, Schedule]
+    hash: str
+
+    def write(self, run: Path) -> None:
+        """Freeze the study in a run directory: study.yaml, search_spaces/ and, last, study.sha256.
+
+        Raises:
+            StudyError: the directory cannot be written.
+        """
+        study = self.study.model_dump(mode="json")
+        for arm in study["optimizers"]:
+            arm["search_space"] = f"{record.SEARCH_SPACES}/{arm['name']}.yaml"
+        texts = {
+            f"{record.SEARCH_SPACES}/{name}.yaml": write_yaml(space.model_dump(mode="json", exclude_unset=True))
+            for name, space in self.spaces.items()
+        }
+        texts |= {record.STUDY: write_yaml(study), record.STUDY_HASH: f"{self.hash}\n"}
+        for name, text in texts.items():
+            _write_whole(run / name, text)
+
+
+def resolve(path: Path) -> ResolvedStudy:
+    """The study of a file with its search spaces, schedules and hash.
+
+    Raises:
+        StudyError: anything wrong, in one line.
+    """
+    study, spaces = _read(path)
+    problems = [*study_problems(study), *space_problems(study, spaces)]
+    study, missing = _with_data_files(study, path.resolve().parent)
+    raise_problems(path, [*problems, *missing])
+    return _resolved(path, study, spaces)
+
+
+def load_run(run: Path) -> ResolvedStudy:
+    """The study that a run directory was started with; its data files need not be here.
+
+    Raises:
+        StudyError: the directory holds no study, or one that was edited after the run had started.
+    """
+    file, hash_file = run / record.STUDY, run / record.STUDY_HASH
+    if not file.is_file():
+        found = "no such directory" if not run.is_dir() else f"no {record.STUDY}"
+        raise StudyError(
+            run, "", InWords(found), f"a run directory, which holds {record.STUDY} and {record.STUDY_HASH}"
+        )
+    if not hash_file.is_file():
+        raise StudyError(hash_file, "", InWords("no such file"), f"the hash that was written with {record.STUDY}")
+    study, spaces = _read(file)
+    raise_problems(file, [problem for problem in space_problems(study, spaces) if ".fixed." in problem.key])
+    resolved = _resolved(file, study, spaces)
+    frozen = hash_file.read_text(encoding="utf-8", errors="replace").strip()
+    if resolved.hash != frozen:
+        allowed = f"hash {frozen[:12]} of {record.STUDY_HASH}: a started study stays as it is; copy it to start another"
+        raise StudyError(file, "", InWords(f"a study or search space with hash {resolved.hash[:12]}"), allowed)
+    return resolved
+
+
+def _read(file: Path) -> tuple[Study, dict[str, SearchSpace]]:
+    """The study and its search spaces as they stand in their files, the latter before `fixed`."""
+    study = parse(Study, read_yaml(file), file)
+    spaces = {arm.name: _space(arm, index, file) for index, arm in enumerate(study.optimizers)}
+    return study, spaces
+
+
+def _space(arm: Arm, index: int, file: Path) -> SearchSpace:
+    if arm.name not in shipped_optimizers():
+        raise StudyError(file, f"optimizers[{index}].name", arm.name, one_of(available_optimizers(), arm.name))
+    if arm.search_space is None:
+        return SearchSpace.load(arm.name)
+    try:
+        path = _existing_file(arm.search_space, file.resolve().parent)
+    except _NoSuchFileError as error:
+        raise StudyError(file, f"optimizers[{index}].search_space", arm.search_space, str(error)) from None
+    return SearchSpace.load(arm.name, path)
+
+
+def _resolved(file: Path, study: Study, spaces: Mapping[str, SearchSpace]) -> ResolvedStudy:
+    fixed = {arm.name: spaces[arm.name].fix(arm.fixed) for arm in study.optimizers}
+    schedules = {arm.name: fixed[arm.name].schedule_of(arm, study.schedule) for arm in study.optimizers}
+    return ResolvedStudy(study=study, file=file, spaces=fixed, schedules=schedules, hash=_hash(study, fixed))
+
+
+def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
+    """Search spaces count by what they say, not by where their files lie."""
+    data: dict[str, Any] = study.model_dump(mode="json")
+    for arm in data["optimizers"]:
+        del arm["search_space"]
+    content = {"study": data, "spaces": {name: space.model_dump(mode="json") for name, space in spaces.items()}}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _with_data_files(study: Study, folder: Path) -> tuple[Study, list[Problem]]:
+    """The study with absolute paths of its data files, and what is wrong with them."""
+    problems: list[Problem] = []
+    workloads = []
+    for index, workload in enumerate(study.workloads):
+        located, found = _located(workload, folder)
+        workloads.append(located)
+        problems += [Problem(f"workloads[{index}].data.{p.key}", p.found, p.allowed) for p in found]
+    return study.model_copy(update={"workloads": tuple(workloads)}), problems
+
+
+def _located(workload: Workload, folder: Path) -> tuple[Workload, list[Problem]]:
+    data, problems = workload.data, []
+    if not isinstance(data, ExtxyzData):
+        return workload, []
+    written = {"train": data.train, "val": data.val, "test": data.test} | {f"ood.{n}": f for n, f in data.ood.items()}
+    files: dict[str, str | None] = {}
+    for key, text in written.items():
+        files[key] = text
+        if text is None:
+            continue
+        try:
+            files[key] = str(_existing_file(text, folder))
+        except _NoSuchFileError as error:
+            problems.append(Problem(key, text, str(error)))
+    ood = {name: files[f"ood.{name}"] for name in data.ood}
+    located = data.model_copy(update={"train": files["train"], "val": files["val"], "test": files["test"], "ood": ood})
+    return workload.model_copy(update={"data": located}), problems
+
+
+class _NoSuchFileError(Exception):
+    """A path that leads to no file; the text says what is allowed."""
+
+
+def _existing_file(text: str, folder: Path) -> Path:
+    """The absolute path that `text` stands for: `${VARIABLE}` and ~ replaced, seen from `folder`."""
+    try:
+        path = (folder / Path(_VARIABLE.sub(lambda match: os.environ[match[1]], text)).expanduser()).resolve()
+        if path.is_file():
+            return path
+    except KeyError as variable:
+        raise _NoSuchFileError(f"a set environment variable {variable.args[0]}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all, an endless link, or a home nobody has
+        raise _NoSuchFileError(f"a path to a file ({getattr(error, 'strerror', None) or error})") from None
+    raise _NoSuchFileError(f"an existing file; {path} is none")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StudyError(file, "", InWords(error.strerror or error), "a folder that can be written") from None

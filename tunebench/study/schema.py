@@ -1,0 +1,29 @@
+"""JSON-Schemas of the two kinds of file a user writes, for editors and for checks outside tunebench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from tunebench.study.search_space import SearchSpace
+from tunebench.study.spec import Study
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON-Schema (draft 2020-12) of a study file; an optimizer may be a bare name.
+
+    It knows keys, types and ranges. What only several keys together can get wrong is left to `load_study`.
+    """
+    return _schema(Study, "tunebench study")
+
+
+def search_space_schema() -> dict[str, Any]:
+    """JSON-Schema (draft 2020-12) of a search-space file; ``search_spaces/schema.json`` holds it."""
+    return _schema(SearchSpace, "tunebench search space")
+
+
+def _schema(model: type[BaseModel], title: str) -> dict[str, Any]:
+    return {"$schema": _DIALECT, **model.model_json_schema(mode="validation"), "title": title}

@@ -1,0 +1,305 @@
+"""The study file: one frozen pydantic model per YAML section.
+
+A study is read, checked and hashed before anything runs. Units stand in the key names.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+WATER_BOX = "water-box"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+INTEGER_LIMIT = 2**31
+PositiveInt = Annotated[int, Field(ge=1, lt=INTEGER_LIMIT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=INTEGER_LIMIT)]
+
+
+class Section(BaseModel):
+    """A part of a study file: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SplitFrames(Section):
+    """How many frames each split holds; ``ood`` counts every out-of-distribution split alike."""
+
+    train: PositiveInt = Field(description="training frames")
+    val: PositiveInt = Field(description="validation frames, for stopping and selection")
+    test: PositiveInt = Field(description="test frames, read once by the confirm stage")
+    ood: NonNegativeInt = Field(default=0, description="frames of each out-of-distribution split")
+
+
+class XtbData(Section):
+    """Molecular-dynamics snapshots labelled by GFN2-xTB through tblite; every split has its own trajectory."""
+
+    source: Literal["xtb"] = Field(description="labels made on this machine by GFN2-xTB")
+    system: str = Field(description="a molecule (ethanol, benzene ..., or a name of ASE's G2 set) or `water-box`")
+    molecules: PositiveInt = Field(default=8, description="water molecules in the periodic box; `water-box` only")
+    density_g_cm3: PositiveFloat = Field(default=0.997, description="density of the box; `water-box` only")
+    temperature_kelvin: PositiveFloat = Field(default=300.0, description="temperature of train, val and test")
+    ood_temperature_kelvin: PositiveFloat | None = Field(default=None, description="temperature of the `hot` split")
+    timestep_fs: PositiveFloat = Field(default=0.5, description="integration step of the Langevin dynamics")
+    equilibration_fs: NonNegativeFloat = Field(default=250.0, description="discarded start of each trajectory")
+    interval_fs: PositiveFloat = Field(default=20.0, description="time between two snapshots")
+    frames: SplitFrames = Field(description="frames per split")
+    seed: NonNegativeInt = Field(
+        default=0, description="seed of the trajectories; not the study's, so studies share data"
+    )
+
+
+class ExtxyzKeys(Section):
+    """Names under which the files keep their labels."""
+
+    energy: str = Field(default="energy", description="total energy, eV")
+    forces: str = Field(default="forces", description="forces, eV/Å")
+    stress: str = Field(default="stress", description="stress, eV/Å³, positive under tension; ignored where absent")
+
+
+class ExtxyzData(Section):
+    """Any ASE-readable files, plain or compressed (.xz, .gz).
+
+    `${VARIABLE}` in a path is taken from the environment; a relative path starts at the study file's folder.
+    """
+
+    source: Literal["extxyz"] = Field(description="files that ASE reads")
+    train: str = Field(description="file with the training frames")
+    val: str | None = Field(default=None, description="validation file; left out, validation is drawn from `train`")
+    test: str | None = Field(default=None, description="test file; left out, the test split is drawn from `train`")
+    ood: dict[Name, str] = Field(default_factory=dict, description="out-of-distribution files by name")
+    frames: SplitFrames = Field(description="frames drawn for each split")
+    keys: ExtxyzKeys = Field(default_factory=ExtxyzKeys, description="names of the labels in the files")
+    allow_duplicates: bool = Field(default=False, description="accept frames that occur in two splits")
+    seed: NonNegativeInt = Field(default=0, description="seed that draws the frames of each split")
+
+
+class NequipData(Section):
+    """Any NequIP DataModule by `_target_`, for example `nequip.data.datamodule.rMD17DataModule`."""
+
+    source: Literal["nequip"] = Field(description="a NequIP DataModule")
+    datamodule: dict[str, Any] = Field(description="NequIP's own `data` section; transforms are added by tunebench")
+    ood: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        default=(), description="names of its second and later test sets"
+    )
+    allow_duplicates: bool = Field(default=False, description="accept frames that occur in two splits")
+
+
+class Family(StrEnum):
+    """Model families."""
+
+    NEQUIP = "nequip"
+    ALLEGRO = "allegro"
+
+
+Data = Annotated[XtbData | ExtxyzData | NequipData, Field(discriminator="source")]
+
+
+class Model(Section):
+    """A NequIP or Allegro model: a preset, overridden by any of the builder's own keyword arguments."""
+
+    family: Annotated[Family, Field(strict=False, description="nequip or allegro")]
+    preset: str = Field(
+        default="tiny", description="tunebench's tiny, small, paper; for nequip also its own S, M, L, XL"
+    )
+    r_max_angstrom: PositiveFloat = Field(default=5.0, description="cutoff")
+    dtype: Literal["float32", "float64"] = Field(default="float32", description="model_dtype")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of NequIP's builder")
+
+
+class Loss(Section):
+    """Weights of the mean squared errors; normalised to sum 1 as NequIP does."""
+
+    energy_per_atom: NonNegativeFloat = Field(default=1.0, description="weight of (eV/atom)²")
+    forces: NonNegativeFloat = Field(default=1.0, description="weight of (eV/Å)²")
+    stress: NonNegativeFloat = Field(default=0.0, description="weight of (eV/Å³)²; needs stress labels")
+
+
+class Labels(Section):
+    """Partial force supervision: every frame keeps its energy."""
+
+    force_fraction: Fraction = Field(
+        default=1.0, description="fraction of training and validation frames that keep their forces"
+    )
+
+
+class ScheduleKind(StrEnum):
+    """Learning-rate schedules; all end at the horizon."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
+
+
+class Schedule(Section):
+    """Learning rate as a factor on the trial's own learning rate, defined on the horizon."""
+
+    kind: Annotated[ScheduleKind, Field(strict=False)] = Field(
+        default=ScheduleKind.COSINE, description="shape of the decay"
+    )
+    warmup_fraction: Fraction = Field(default=0.05, description="linear warm-up, as a fraction of the horizon")
+    decay_fraction: Fraction = Field(default=0.2, description="last part that decays; warmup_stable_decay only")
+    final_factor: Fraction = Field(default=0.0, description="factor at the horizon")
+
+
+class Workload(Section):
+    """What is trained: data, model, loss, batch size, horizon and labels."""
+
+    name: Name = Field(description="name of the workload in arms and plots")
+    data: Data = Field(description="where the frames and their labels come from")
+    model: Model = Field(description="what is trained")
+    loss: Loss = Field(default_factory=Loss, description="weights of the training loss")
+    labels: Labels = Field(default_factory=Labels, description="partial force supervision")
+    batch_size: PositiveInt = Field(default=5, description="frames per step; an incomplete last batch is dropped")
+    max_steps: PositiveInt = Field(description="horizon: steps of a full run")
+    evaluate_every_steps: PositiveInt | None = Field(
+        default=None, description="steps between evaluations; left out, a twentieth of the horizon. Rungs are added"
+    )
+    evaluation_batch_size: PositiveInt = Field(default=32, description="frames per batch in evaluation")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.999, description="decay of the averaged weights"
+    )
+    clip_global_norm: PositiveFloat | None = Field(default=None, description="gradient clipping, alike for every arm")
+
+
+class Arm(Section):
+    """An optimizer that takes part; a bare name stands for `{name: NAME}`."""
+
+    name: Name = Field(description="a file of search_spaces/")
+    search_space: str | None = Field(
+        default=None, description="path of another search-space file, relative to the study"
+    )
+    schedule: Schedule | None = Field(default=None, description="schedule of this optimizer in place of the study's")
+    fixed: dict[str, Any] = Field(
+        default_factory=dict, description="hyperparameters that are not searched, with their value"
+    )
+
+
+def _named_arm(value: object) -> object:
+    if not isinstance(value, str | dict | Arm):
+        raise ValueError("a name, or a mapping with a name")
+    return {"name": value} if isinstance(value, str) else value
+
+
+NamedArm = Annotated[Arm, BeforeValidator(_named_arm, json_schema_input_type=Arm | Name)]
+
+
+class Objective(Section):
+    """What selects: a weighted sum of validation errors (lower is better), in eV/atom, eV/Å and eV/Å³."""
+
+    metric: Literal["mae", "rmse"] = Field(default="mae", description="error that is summed")
+    energy_per_atom: NonNegativeFloat = Field(default=10.0, description="weight of the energy error per atom")
+    forces: NonNegativeFloat = Field(default=1.0, description="weight of the force error")
+    stress: NonNegativeFloat = Field(default=0.0, description="weight of the stress error")
+    readout: Literal["raw", "averaged", "best"] = Field(
+        default="best", description="weights that count: raw, averaged (EMA or schedule-free), or the better of both"
+    )
+
+
+class Asha(Section):
+    """Asynchronous successive halving inside each arm."""
+
+    grace_steps: PositiveInt | None = Field(
+        default=None, description="first rung; left out, a quarter of each workload's horizon"
+    )
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(default=3, description="one in this many goes on at a rung")
+
+
+class Sampler(StrEnum):
+    """How configurations are drawn; only SOBOL studies rank."""
+
+    SOBOL = "sobol"
+    TPE = "tpe"
+
+
+class Tune(Section):
+    """Tune stage: the search."""
+
+    trials_per_arm: PositiveInt = Field(default=16, description="configurations of every arm")
+    sampler: Annotated[Sampler, Field(strict=False)] = Field(
+        default=Sampler.SOBOL, description="sobol, or tpe: exploratory and never ranked"
+    )
+    asha: Asha | None = Field(default_factory=Asha, description="early stopping; null runs every trial to the horizon")
+
+
+class Confirm(Section):
+    """Confirm stage: the best configurations, fresh seeds, full horizon, test split."""
+
+    top_k: PositiveInt = Field(default=3, description="configurations of each arm that are run again")
+    seeds: PositiveInt = Field(default=5, description="fresh seeds for each of them")
+
+
+class Resources(Section):
+    """What a trial gets, in Ray's units."""
+
+    cpus_per_trial: PositiveFloat = Field(default=1.0, description="CPU cores")
+    gpus_per_trial: NonNegativeFloat = Field(default=0.0, description="GPUs; 0.25 puts four trials on one")
+    concurrent_trials: PositiveInt | None = Field(
+        default=None, description="upper bound; left out, what the cluster fits"
+    )
+    max_failures: NonNegativeInt = Field(
+        default=2, description="times a crashed trial is started again from its checkpoint"
+    )
+    time_limit_s: PositiveFloat | None = Field(default=None, description="a trial that trains longer ends as TIMED_OUT")
+
+
+class Study(Section):
+    """A study: arms = workloads x optimizers, searched, then confirmed."""
+
+    name: Name = Field(description="name of the study, also of its run directory")
+    description: str = Field(default="", description="printed on the report")
+    seed: NonNegativeInt = Field(default=0, description="root of every named seed")
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1, strict=False)] = Field(
+        description="what is trained, one entry per workload"
+    )
+    optimizers: Annotated[tuple[NamedArm, ...], Field(min_length=1, strict=False)] = Field(
+        description="who takes part: names, or mappings with the keys below"
+    )
+    schedule: Schedule = Field(default_factory=Schedule, description="learning-rate schedule of every arm")
+    objective: Objective = Field(default_factory=Objective, description="what selects")
+    tune: Tune = Field(default_factory=Tune, description="search")
+    confirm: Confirm = Field(default_factory=Confirm, description="reruns that rank")
+    resources: Resources = Field(default_factory=Resources, description="what a trial gets")
+    keep_checkpoints: Literal["confirm", "all", "none"] = Field(
+        default="confirm", description="checkpoints kept after a trial has ended"
+    )
+
+
+class InWords(str):
+    """What was found, said in words; a message shows it without quotes, unlike a value of the file."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class StudyError(Exception):
+    """Bad input: one line that names the file, the key, the value found and what is allowed.
+
+    Attributes:
+        key: dotted path inside the file, for example ``workloads[0].model.family``; empty for the file itself.
+        more: how many further problems the file has.
+    """
+
+    def __init__(self, file: Path | str, key: str, found: object, allowed: str, more: int = 0) -> None:
+        self.file, self.key, self.found, self.allowed, self.more = str(file), key, found, allowed, more
+        place = f"{file}: {key}" if key else str(file)
+        others = f" (and {more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
+        line = f"{place}: found {_shortened(found)}, allowed: {allowed}{others}"
+        super().__init__(" ".join(line.splitlines()))
+
+    def __reduce__(self) -> tuple[type[StudyError], tuple[str, str, object, str, int]]:
+        return type(self), (self.file, self.key, self.found, self.allowed, self.more)
+
+
+def _shortened(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."

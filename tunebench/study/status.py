@@ -1,0 +1,108 @@
+"""What a run has done so far, told from its journal alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunebench.study.errors import RunError
+from tunebench.study.journal import read_trials
+from tunebench.study.record import Reason, Stage, TrialRecord
+
+_GOOD = (Reason.FINISHED, Reason.STOPPED_ASHA)
+
+
+def run_status(run: Path) -> dict[str, Any]:
+    """Counts by arm and stage, and whether everything planned has ended.
+
+    Raises:
+        FileNotFoundError: the run has no journal.
+    """
+    trials = read_trials(run)
+    arms = list(dict.fromkeys((trial.key.arm, trial.key.stage) for trial in trials))
+    confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
+    return {
+        "run": str(run),
+        "finished": confirmed and all(trial.reason is not None for trial in trials),
+        "trials": len(trials),
+        "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
+        "arms": [_counts([t for t in trials if (t.key.arm, t.key.stage) == arm]) for arm in arms],
+    }
+
+
+def explain_trial(run: Path, name: str) -> dict[str, Any]:
+    """One trial's configuration, rungs and end, with a sentence that says why.
+
+    Raises:
+        RunError: no trial, or several, of that name.
+    """
+    trials = read_trials(run)
+    named = [t for t in trials if t.key.trial_id == name] or [t for t in trials if t.key.trial_id.startswith(name)]
+    if len(named) != 1:
+        some = ", ".join(t.key.trial_id for t in (named or trials)[:4])
+        raise RunError(f"{run}: trial {name!r} names {len(named)} trials, allowed: one trial id, such as {some}")
+    trial = named[0]
+    return {
+        "trial": trial.key.trial_id,
+        "state": trial.state,
+        "reason": trial.reason,
+        "detail": trial.detail,
+        "params": trial.params,
+        "rungs": trial.rungs,
+        "objective": trial.value,
+        "ledger": trial.ledger,
+        "groups": trial.groups,
+        "text": _sentences(trial),
+    }
+
+
+def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
+    values = [trial.value for trial in trials if trial.value is not None and trial.reason in _GOOD]
+    return {
+        "arm": trials[0].key.arm,
+        "stage": trials[0].key.stage.value,
+        "planned": len(trials),
+        "waiting": sum(trial.state == "WAITING" for trial in trials),
+        "running": sum(trial.state == "RUNNING" for trial in trials),
+        **{reason.value: sum(trial.reason is reason for trial in trials) for reason in Reason},
+        "failed": sum(trial.reason is not None and trial.reason not in _GOOD for trial in trials),
+        "best_objective": min(values, default=None),
+    }
+
+
+def _sentences(trial: TrialRecord) -> str:
+    settings = ", ".join(f"{name} = {_short(value)}" for name, value in trial.params.items())
+    lines = [f"{trial.key.trial_id}: {_why(trial)}", f"configuration: {settings}"]
+    if trial.rungs:
+        lines.append(
+            "rungs: " + ", ".join(f"{value:.5g} at step {step}" for step, value in sorted(trial.rungs.items()))
+        )
+    if trial.groups:
+        rules = ", ".join(f"{group['rule']} {100 * group['share']:.1f} % of the weights" for group in trial.groups)
+        lines.append(f"update rules: {rules}")
+    if trial.ledger:
+        lines.append(
+            f"work: {trial.ledger['steps']:.0f} steps, {trial.ledger['device_s']:.1f} device-seconds, "
+            f"{trial.ledger['attempts']:.0f} attempt(s)"
+        )
+    return "\n".join(lines)
+
+
+def _why(trial: TrialRecord) -> str:
+    detail = trial.detail
+    match trial.reason:
+        case None:
+            return "has not ended; it waits" if trial.state == "WAITING" else "has not ended; it runs"
+        case Reason.FINISHED:
+            return f"finished its horizon with objective {trial.value:.5g}"
+        case Reason.STOPPED_ASHA:
+            return (
+                f"stopped at rung {detail['rung']}: objective {detail['value']:.5g} is above the cutoff "
+                f"{detail['cutoff']:.5g} of the {detail['recorded']} trials of its arm seen there"
+            )
+        case reason:
+            return f"ended as {reason}: {detail.get('message', 'no message')}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
