@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tunebench.study.spec import SplitFrames, XtbData
+from tunebench.workloads.data import CACHE_VARIABLE, PreparedData, prepare
+
+DATA_VARIABLE = "TUNEBENCH_DATA"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory):
+    """One cache of prepared data for all tests, away from the user's."""
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    yield Path(os.environ[CACHE_VARIABLE])
+    if before is None:
+        del os.environ[CACHE_VARIABLE]
+    else:
+        os.environ[CACHE_VARIABLE] = before
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """Folder of the reference data; tests that need it are skipped where it is absent."""
+    named = os.environ.get(DATA_VARIABLE)
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data: {folder} is not a folder; set {DATA_VARIABLE}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ethanol() -> XtbData:
+    """Ethanol at 300 K with a hot split, a few frames each: made in about a second."""
+    return XtbData(
+        source="xtb",
+        system="ethanol",
+        ood_temperature_kelvin=600.0,
+        equilibration_fs=25.0,
+        interval_fs=10.0,
+        frames=SplitFrames(train=10, val=4, test=4, ood=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def prepared_ethanol(tiny_ethanol: XtbData, session_cache: Path) -> PreparedData:
+    """The prepared data set of `tiny_ethanol`."""
+    return prepare(tiny_ethanol)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+import pytest
+
+from tunebench.study.spec import ExtxyzData, SplitFrames
+from tunebench.workloads.errors import WorkloadError
+from tunebench.workloads.extxyz import extxyz_frames, resolve_path
+
+COUNTS = {"train": 8, "val": 4, "test": 4, "ood": 0}
+
+
+def drawn(base: Path, counts: dict[str, int] | None = None, **fields: object) -> dict[str, list[float]]:
+    frames = SplitFrames(**{**COUNTS, **(counts or {})})
+    data = ExtxyzData(**{"source": "extxyz", "train": "ethanol.xyz", "frames": frames, **fields})
+    splits = extxyz_frames(data, base, lambda line: None)
+    return {name: [frame.get_potential_energy() for frame in splits[name]] for name in splits}
+
+
+@pytest.fixture
+def base(ethanol_file: Path) -> Path:
+    return ethanol_file.parent
+
+
+def test_splits_of_one_file_are_disjoint(base: Path) -> None:
+    energies = drawn(base)
+    assert [len(energies[split]) for split in ("train", "val", "test")] == [8, 4, 4]
+    assert len({energy for split in energies.values() for energy in split}) == 16
+
+
+def test_the_draw_follows_the_seed(base: Path) -> None:
+    assert drawn(base, seed=1) == drawn(base, seed=1)
+    assert drawn(base, seed=1) != drawn(base, seed=2)
+
+
+def test_more_training_frames_contain_the_fewer_and_leave_the_other_splits_alone(base: Path) -> None:
+    few, many = drawn(base, {"train": 3}), drawn(base, {"train": 12})
+    assert set(few["train"]) < set(many["train"])
+    assert (few["val"], few["test"]) == (many["val"], many["test"])
+
+
+def test_a_test_file_of_its_own_is_used(base: Path, rattled) -> None:
+    own = rattled("CH3CH2OH", 5, seed=9)
+    ase.io.write(base / "own.xyz", own, format="extxyz")
+    energies = drawn(base, {"train": 16, "test": 5}, test="own.xyz")
+    assert set(energies["test"]) <= {frame.get_potential_energy() for frame in own}
+
+
+def test_ood_files_become_splits_by_name(base: Path, rattled) -> None:
+    ase.io.write(base / "far.xyz", rattled("CH3OH", 6, seed=2), format="extxyz")
+    energies = drawn(base, {"ood": 5}, ood={"far": "far.xyz"})
+    assert list(energies) == ["train", "val", "test", "ood:far"]
+    assert len(energies["ood:far"]) == 5
+
+
+def test_ood_files_without_frames_asked_are_a_mistake(base: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"^data\.frames\.ood: found 0"):
+        drawn(base, ood={"far": "ethanol.xyz"})
+
+
+@pytest.mark.parametrize(("split", "counts"), [("train", {"train": 13}), ("val", {"val": 17}), ("test", {"test": 21})])
+def test_more_frames_than_the_file_has_names_the_split(base: Path, split: str, counts: dict[str, int]) -> None:
+    with pytest.raises(WorkloadError, match=rf"^data\.frames\.{split}: found \d+, .*ethanol\.xyz has 20"):
+        drawn(base, counts)
+
+
+def test_environment_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_DATA", str(base))
+    assert resolve_path("${MY_DATA}/ethanol.xyz", "data.train", Path("/nowhere")) == base / "ethanol.xyz"
+    monkeypatch.delenv("MY_DATA")
+    with pytest.raises(WorkloadError, match=r"^data\.train: found .*MY_DATA is not"):
+        resolve_path("${MY_DATA}/ethanol.xyz", "data.train", base)
+
+
+def test_a_missing_file_is_named_with_its_key(base: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"^data\.train: found '.*gone\.xyz', allowed: an existing file$"):
+        drawn(base, train="gone.xyz")

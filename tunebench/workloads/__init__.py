@@ -1,0 +1,1 @@
+"""What is trained: data sources, prepared frames, labels, statistics, models and batch order."""
