@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.engine.conftest import MakeTask, Reports
+from tunebench.engine.checkpoints import FINAL, checkpoint_folder, load_checkpoint
+from tunebench.engine.lightning import run_trial
+from tunebench.study.record import CURVES, Readout, Reason, Stage
+from tunebench.study.search_space import available_optimizers
+
+COLUMNS = ["step", "split", "metric", "readout", "value"]
+
+
+def trained(task):
+    """Runs a trial to its end; returns reports, last checkpoint and curve."""
+    reports = Reports()
+    run_trial(task, reports)
+    return reports, load_checkpoint(checkpoint_folder(task.run, task.key.trial_id)), curve(task)
+
+
+def curve(task) -> pd.DataFrame:
+    return pd.read_parquet(task.run / CURVES / f"{task.key.trial_id}.parquet")
+
+
+def assert_same_state(first, second) -> None:
+    """Every tensor and number of two checkpoint sections is identical to the last bit."""
+    if isinstance(first, torch.Tensor):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_state(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for left, right in zip(first, second, strict=True):
+            assert_same_state(left, right)
+    else:
+        assert first == second
+
+
+@pytest.mark.parametrize("family", ["nequip", "allegro"])
+@pytest.mark.parametrize("optimizer", available_optimizers())
+def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(make_task: MakeTask, optimizer: str, family: str):
+    _, whole, whole_curve = trained(make_task(optimizer, family=family, name="whole"))
+    task = make_task(optimizer, family=family, name="killed")
+    with pytest.raises(SystemExit):
+        run_trial(task, Reports(stop_after=1))
+    reports, resumed, resumed_curve = trained(task)
+
+    assert [report.step for report in reports] == [4, 8]
+    assert reports[-1].attempts == 2
+    for section in ("module", "optimizer", "scheduler"):
+        assert_same_state(whole[section], resumed[section])
+    pd.testing.assert_frame_equal(whole_curve[COLUMNS], resumed_curve[COLUMNS], check_exact=True)
+
+
+def test_a_trial_does_not_depend_on_what_its_process_trained_before(make_task: MakeTask):
+    _, first, _ = trained(make_task("soap", name="first"))
+    trained(make_task("muon", family="allegro", name="between"))
+    _, second, _ = trained(make_task("soap", name="second"))
+    assert_same_state(first["module"], second["module"])
+
+
+def test_errors_are_measured_exactly_at_the_evaluation_steps_with_both_readouts(make_task: MakeTask):
+    reports, _, rows = trained(make_task(evaluation_steps=(3, 7, 8)))
+    assert [report.step for report in reports] == [3, 7, 8]
+    assert reports[-1].outcome is Reason.FINISHED
+    validation = rows[(rows.split == "val") & (rows.metric == "forces_mae")]
+    assert list(zip(validation.step, validation.readout, strict=True)) == [
+        (step, readout) for step in (3, 7, 8) for readout in ("raw", "ema")
+    ]
+    raw, averaged = (validation[validation.readout == r].value.to_numpy() for r in ("raw", "ema"))
+    assert (raw != averaged).all()
+
+
+def test_schedule_free_reads_out_its_own_average(make_task: MakeTask):
+    reports, _, _ = trained(make_task("schedule_free"))
+    errors = reports[-1].errors["val"]
+    assert set(errors) == {Readout.RAW, Readout.SCHEDULE_FREE}
+    assert errors["raw"]["forces_mae"] != errors["schedule_free"]["forces_mae"]
+
+
+def test_training_lowers_the_loss(make_task: MakeTask):
+    reports, _, _ = trained(make_task(steps=100, evaluation_steps=(20, 80, 100), learning_rate=1e-2))
+    assert reports[-1].train_loss < 0.3 * reports[0].train_loss
+
+
+def test_only_the_confirm_stage_opens_the_test_splits_and_only_at_the_horizon(make_task: MakeTask):
+    tune, _, _ = trained(make_task(name="tune"))
+    confirm, _, _ = trained(make_task(name="confirm", stage=Stage.CONFIRM))
+    assert [set(report.errors) for report in tune] == [{"val"}, {"val"}]
+    assert [set(report.errors) for report in confirm] == [{"val"}, {"val", "test", "ood:hot"}]
+
+
+def test_a_loss_that_explodes_ends_the_trial_as_diverged(make_task: MakeTask):
+    reports, _, _ = trained(make_task("sgd", steps=40, evaluation_steps=(20, 40), learning_rate=1e12))
+    assert reports[-1].outcome is Reason.DIVERGED
+    assert "step" in reports[-1].message
+    assert reports[-1].step < 40
+
+
+def test_a_trial_over_its_time_limit_ends_as_timed_out(make_task: MakeTask):
+    reports = Reports()
+    run_trial(replace(make_task(), time_limit_s=1e-6), reports)
+    assert [(report.step, report.outcome) for report in reports] == [(4, Reason.TIMED_OUT)]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_a_trial_with_few_or_no_force_labels_trains_to_finite_weights(make_task: MakeTask, fraction: float):
+    reports, checkpoint, _ = trained(make_task(force_fraction=fraction))
+    assert reports[-1].outcome is Reason.FINISHED
+    assert all(torch.isfinite(value).all() for value in checkpoint["module"].values() if torch.is_tensor(value))
+    assert ("forces_mae" in reports[-1].errors["val"]["raw"]) == (round(fraction * 4) > 0)
+
+
+def test_the_final_checkpoint_opens_with_nequips_own_tools(make_task: MakeTask):
+    from nequip.model import ModelFromCheckpoint
+
+    task = make_task(stage=Stage.CONFIRM)
+    _, checkpoint, _ = trained(task)
+    model = ModelFromCheckpoint(str(checkpoint_folder(task.run, task.key.trial_id) / FINAL), compile_mode="eager")
+    averaged = [value for name, value in checkpoint["module"].items() if name.startswith("ema.ema_weight")]
+    assert len(averaged) > 0
+    for weight, expected in zip(model.parameters(), averaged, strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0)

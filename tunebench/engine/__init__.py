@@ -1,0 +1,1 @@
+"""What trains a trial; knows nothing of Ray."""

@@ -1,0 +1,80 @@
+"""Seconds of one training step of every arm, measured on this machine with untuned defaults."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from nequip.data import AtomicDataDict
+from nequip.utils.global_state import set_global_state
+
+from tunebench.engine.batches import on_device, task_frames
+from tunebench.engine.loss import LossWeights
+from tunebench.engine.modules import build_module
+from tunebench.engine.nequip_config import training_module
+from tunebench.engine.task import Seeds, TrialTask
+from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
+from tunebench.study.record import Readout, Split, Stage
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.workloads.data import PreparedData
+from tunebench.workloads.frames import PreparedFrames
+from tunebench.workloads.order import batch_order
+
+_WARM, _TIMED = 3, 7
+
+
+def step_seconds(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> dict[str, float]:
+    """Median seconds of a step (data, forward, backward, update) by arm name, without evaluation.
+
+    Runs on the device the study asks for, one arm after the other.
+    """
+    set_global_state()
+    torch.set_num_threads(max(int(resolved.study.resources.cpus_per_trial), 1))
+    device = "cuda" if resolved.study.resources.gpus_per_trial > 0 else "cpu"
+    return {arm.name: _measure(_task(resolved, arm, data[arm.workload.name], device)) for arm in plan_arms(resolved)}
+
+
+def _task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData, device: str) -> TrialTask:
+    return TrialTask(
+        key=arm.key(Stage.TUNE, 0, 0),
+        workload=arm.workload,
+        data=data,
+        hyperparameters=arm.space.defaults(),
+        averaged=arm.averaged,
+        schedule=arm.schedule,
+        objective=resolved.study.objective,
+        seeds=Seeds(**trial_seeds(resolved.study.seed, arm.workload.name, Stage.TUNE, 0)),
+        evaluation_steps=arm.evaluation_steps,
+        run=Path(),
+        device=device,
+    )
+
+
+def _measure(task: TrialTask) -> float:
+    workload = task.workload
+    module = build_module(training_module(task), LossWeights.of(workload.loss), task.averaged).to(task.device)
+    module.train()
+    configured = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    if task.averaged is Readout.SCHEDULE_FREE:
+        optimizer.train()
+    frames = task_frames(task, Split.TRAIN)
+    batches = cycle(batch_order(len(frames), workload.batch_size, _WARM + _TIMED, task.seeds.order))
+    times = [_step(module, optimizer, frames, next(batches), task.device) for _ in range(_WARM + _TIMED)]
+    return statistics.median(times[_WARM:])
+
+
+def _step(module: Any, optimizer: Any, frames: PreparedFrames, indices: list[int], device: str) -> float:
+    began = time.perf_counter()
+    batch = on_device(AtomicDataDict.batched_from_list(frames.__getitems__(indices)), device)
+    optimizer.zero_grad()
+    module.training_step(batch, 0).backward()
+    optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

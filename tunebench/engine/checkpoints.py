@@ -1,0 +1,42 @@
+"""Checkpoints of a trial: everything its next step depends on, loadable with `weights_only`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunebench.study.record import CHECKPOINTS
+
+LAST = "last.pt"
+FINAL = "final.ckpt"
+
+
+def checkpoint_folder(run: Path, trial_id: str) -> Path:
+    """Where a trial keeps `last.pt` (to resume) and, at the end of a confirm trial, NequIP's own `final.ckpt`."""
+    return run / CHECKPOINTS / trial_id
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Replace `last.pt` at once: a kill leaves the previous checkpoint whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{LAST}.partial"
+    torch.save(state, partial)
+    os.replace(partial, folder / LAST)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint on the CPU, or None before the first."""
+    path = folder / LAST
+    if not path.is_file():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def drop_checkpoints(run: Path, trial_id: str) -> None:
+    """Delete what a finished trial no longer needs."""
+    shutil.rmtree(checkpoint_folder(run, trial_id), ignore_errors=True)

@@ -1,0 +1,95 @@
+"""What an engine is given for one trial, and what it reports back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tunebench.study.record import Readout, Reason, Stage, TrialKey
+from tunebench.study.spec import Objective, Schedule, Workload
+from tunebench.workloads.data import PreparedData
+
+Errors = dict[str, dict[str, dict[str, float]]]
+"""Measured errors, ``{split: {readout: {metric: value}}}``; units as in `Metric`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Named seeds of a trial: initial weights, data order, force labels. Arms share them."""
+
+    init: int
+    order: int
+    labels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """Everything that decides a trial's trajectory, and where it leaves its traces.
+
+    Attributes:
+        hyperparameters: sampled and fixed settings of the optimizer, by search-space name.
+        averaged: the averaged readout of this arm, EMA or SCHEDULE_FREE.
+        evaluation_steps: ascending steps at which validation errors are measured; the last one is the horizon.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    key: TrialKey
+    workload: Workload
+    data: PreparedData
+    hyperparameters: dict[str, Any]
+    averaged: Readout
+    schedule: Schedule
+    objective: Objective
+    seeds: Seeds
+    evaluation_steps: tuple[int, ...]
+    run: Path
+    device: str = "cpu"
+    threads: int = 1
+    time_limit_s: float | None = None
+
+    @property
+    def final_splits(self) -> tuple[str, ...]:
+        """Splits opened once, at the horizon: test and out-of-distribution in the confirm stage, none in the tune stage."""
+        if self.key.stage is not Stage.CONFIRM:
+            return ()
+        return tuple(name for name in self.data.splits if name not in ("train", "val"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of a running trial; plain data, so that it passes through any scheduler.
+
+    Attributes:
+        objective: the study's objective on the validation split, lower is better.
+        wall_s: seconds since the trial began, earlier attempts included. device_s: those spent in training steps.
+        train_loss: mean training loss since the previous evaluation.
+        outcome: set in the last report of a trial that ended by itself.
+    """
+
+    step: int
+    objective: float
+    errors: Errors
+    wall_s: float
+    device_s: float
+    train_loss: float
+    learning_rate: float
+    attempts: int
+    outcome: Reason | None = None
+    message: str = ""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only."""
+        return {**asdict(self), "outcome": None if self.outcome is None else self.outcome.value}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_plain`; keys that are not an evaluation's are left out."""
+        known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+        return cls(**{**known, "outcome": Reason(known["outcome"]) if known.get("outcome") else None})
+
+
+Report = Callable[[Evaluation], None]
+"""Receives every evaluation; may end the trial by raising `SystemExit`."""
