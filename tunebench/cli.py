@@ -1,0 +1,266 @@
+"""The command line: every verb is one library call and a way to print it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tunebench import __version__
+from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.spec import StudyError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fair optimizer studies for NequIP and Allegro interatomic potentials.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make or look at a study's data.")
+app.add_typer(data_app, name="data")
+
+StudyFile = Annotated[Path, typer.Argument(help="study file, for example studies/quickstart.yaml")]
+RunFolder = Annotated[Path, typer.Argument(help="run directory")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+
+_BAD_INPUT = (StudyError, RunError, FileNotFoundError)
+_PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main() -> None:
+    """Entry point of the `tunebench` command; bad input ends in one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="tunebench")
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except Exception as error:
+        return _complain(_one_line(error), _exit_code(error))
+    return int(code or DONE)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    """Fair optimizer studies for NequIP and Allegro interatomic potentials."""
+    if version:
+        typer.echo(f"tunebench {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def plan(
+    study: StudyFile,
+    measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what a study will do: arms, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
+    from tunebench.study.plan import plan_summary
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.runner import prepare_workloads
+
+    resolved = resolve(study)
+    data = prepare_workloads(resolved, _stderr())
+    seconds = None
+    if measure:
+        from tunebench.engine.calibration import step_seconds
+
+        seconds = step_seconds(resolved, data)
+    summary = plan_summary(resolved, seconds)
+    _print(summary, as_json, _plan_table)
+
+
+@app.command()
+def run(
+    study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
+    report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run a study, or go on where it stopped. Ctrl-C keeps everything."""
+    from tunebench.study.resolve import load_run, resolve
+    from tunebench.tuning.runner import RunOptions, default_run_folder, run_study
+
+    source = study or _default_study()
+    if source.is_dir():
+        resolved, folder = load_run(source), run_folder or source
+    else:
+        resolved = resolve(source)
+        folder = run_folder or default_run_folder(resolved, Path("runs"))
+    console = _stderr() if as_json else _stdout()
+    console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
+    records = run_study(resolved, RunOptions(run=folder, address=address), console)
+    summary: dict[str, Any] = {"run": str(folder), "trials": len(records), "report": None}
+    if report:
+        summary["report"] = str(_write_report(folder))
+    _print(summary, as_json, lambda s: f"report: {s['report']}" if report else f"run: {s['run']}")
+
+
+@app.command()
+def status(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Count a run's trials by arm, stage and how they ended."""
+    from tunebench.study.status import run_status
+
+    _print(run_status(run_folder), as_json, _status_table)
+
+
+@app.command()
+def explain(
+    trial: Annotated[str, typer.Argument(help="trial id, or the start of one")],
+    run_folder: Annotated[Path, typer.Argument(help="run directory")],
+    as_json: Json = False,
+) -> None:
+    """Say what happened to a trial and why."""
+    from tunebench.study.status import explain_trial
+
+    _print(explain_trial(run_folder, trial), as_json, lambda e: e["text"])
+
+
+@app.command("report")
+def report_command(
+    run_folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="folder of the report, else RUN/report")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report/index.html and report/ranking.json of a run, finished or not."""
+    page = _write_report(run_folder, out)
+    _print({"report": str(page), "ranking": str(page.parent / "ranking.json")}, as_json, lambda r: r["report"])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON-Schema of study files."""
+    from tunebench.study.schema import study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=2))
+
+
+@data_app.command("make")
+def data_make(study: StudyFile, as_json: Json = False) -> None:
+    """Make or fetch the data of every workload of a study."""
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.runner import prepare_workloads
+
+    prepared = prepare_workloads(resolve(study), _stderr())
+    rows = {
+        name: {"folder": str(data.folder), "hash": data.hash, "frames": {s: f.frames for s, f in data.splits.items()}}
+        for name, data in prepared.items()
+    }
+    _print(rows, as_json, lambda r: "\n".join(f"{n}: {row['frames']} in {row['folder']}" for n, row in r.items()))
+
+
+@data_app.command("inspect")
+def data_inspect(study: StudyFile, as_json: Json = False) -> None:
+    """Describe the data of every workload: frames, species, energies, forces, neighbours, energy shifts."""
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.runner import prepare_workloads
+    from tunebench.workloads.inspection import inspect
+
+    resolved = resolve(study)
+    prepared = prepare_workloads(resolved, _stderr())
+    rows = {w.name: inspect(prepared[w.name], w.model.r_max_angstrom) for w in resolved.study.workloads}
+    _print(rows, as_json, lambda r: json.dumps(r, indent=2))
+
+
+def _write_report(run_folder: Path, out: Path | None = None) -> Path:
+    from analysis.report import write_report
+
+    return write_report(run_folder, out)
+
+
+def _default_study() -> Path:
+    from tunebench.study.installed import shipped_folder
+
+    return shipped_folder("studies") / "quickstart.yaml"
+
+
+def _print(content: Any, as_json: bool, text: Callable[[Any], Any]) -> None:
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        shown = text(content)
+        _stdout().print(shown, highlight=False, markup=False, soft_wrap=isinstance(shown, str))
+
+
+def _plan_table(summary: dict[str, Any]) -> Table:
+    seconds = summary["expected_device_s"]
+    cost = "" if seconds is None else f", about {seconds:.0f} device-seconds"
+    table = Table(title=f"{summary['study']}: {summary['trials']} trials{cost}", title_justify="left")
+    for column in ("arm", "trials", "confirm", "horizon", "rungs", "survivors", "step [ms]", "device-seconds"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    for arm in summary["arms"]:
+        table.add_row(
+            arm["arm"],
+            str(arm["trials"]),
+            str(arm["confirm_trials"]),
+            str(arm["horizon_steps"]),
+            " ".join(map(str, arm["rungs"])),
+            " ".join(map(str, arm["expected_survivors"])),
+            "" if arm["step_s"] is None else f"{1e3 * arm['step_s']:.1f}",
+            "" if arm["expected_device_s"] is None else f"{arm['expected_device_s']:.0f}",
+        )
+    return table
+
+
+def _status_table(summary: dict[str, Any]) -> Table:
+    state = "finished" if summary["finished"] else "not finished"
+    table = Table(title=f"{summary['run']}: {state}", title_justify="left")
+    columns = ("arm", "stage", "planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed", "best objective")
+    for column in columns:
+        left = column in ("arm", "stage")
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+    for row in summary["arms"]:
+        best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
+        counts = (row[name] for name in ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed"))
+        table.add_row(row["arm"], row["stage"], *map(str, counts), best)
+    return table
+
+
+def _stdout() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _one_line(error: Exception) -> str:
+    text = getattr(error, "format_message", lambda: str(error))() or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    if isinstance(error, _BAD_INPUT) or type(error).__module__.startswith(("click", "typer")):
+        return BAD_INPUT
+    if os.environ.get("TUNEBENCH_TRACEBACK"):
+        raise error
+    return FAILED
+
+
+def _complain(line: str, code: int) -> int:
+    Console(stderr=True).print(f"tunebench: {line}", highlight=False, soft_wrap=True, markup=False)
+    return code

@@ -1,0 +1,1 @@
+"""Ray Tune: runner, per-arm ASHA, samplers and the recording of results."""

@@ -1,0 +1,116 @@
+"""The quiet live view of a running stage: one line per arm, or plain lines where no terminal is attached."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tunebench.engine.task import Evaluation
+from tunebench.study.record import Reason, Stage, TrialKey
+
+_LINE_EVERY_S = 10.0
+
+
+@dataclass
+class _ArmCount:
+    planned: int = 0
+    running: int = 0
+    finished: int = 0
+    stopped: int = 0
+    failed: int = 0
+    steps: int = 0
+    best: float | None = None
+
+
+class Progress:
+    """Counts trials of one stage and shows them; use it as a context manager around Tune's loop."""
+
+    def __init__(self, run: Path, stage: Stage, console: Console) -> None:
+        self.run, self._stage, self._console = run, stage, console
+        self._arms: dict[str, _ArmCount] = {}
+        self._began = self._printed = time.monotonic()
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Progress:
+        """Start the live view on a terminal."""
+        if self._console.is_terminal:
+            self._live.start()
+        else:
+            self._line()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the last state on the screen."""
+        if self._console.is_terminal:
+            self._live.stop()
+            self._console.print(self._table())
+        else:
+            self._line()
+
+    def planned(self, key: TrialKey, reason: Reason | None, value: float | None) -> None:
+        """Count a trial of this stage, ended earlier or still to run."""
+        arm = self._arms.setdefault(key.arm, _ArmCount())
+        arm.planned += 1
+        if reason is not None:
+            self._end(arm, reason)
+            self._better(arm, value)
+
+    def started(self, key: TrialKey) -> None:
+        """Count a running trial."""
+        self._arms[key.arm].running += 1
+        self._show()
+
+    def evaluated(self, key: TrialKey, evaluation: Evaluation) -> None:
+        """Take notice of an evaluation."""
+        self._better(self._arms[key.arm], evaluation.objective)
+        self._show()
+
+    def finished(self, key: TrialKey, reason: Reason) -> None:
+        """Count a trial that ended."""
+        arm = self._arms[key.arm]
+        arm.running = max(arm.running - 1, 0)
+        self._end(arm, reason)
+        self._show()
+
+    def _end(self, arm: _ArmCount, reason: Reason) -> None:
+        if reason is Reason.FINISHED:
+            arm.finished += 1
+        elif reason is Reason.STOPPED_ASHA:
+            arm.stopped += 1
+        else:
+            arm.failed += 1
+
+    def _better(self, arm: _ArmCount, value: float | None) -> None:
+        if value is not None and (arm.best is None or value < arm.best):
+            arm.best = value
+
+    def _show(self) -> None:
+        if not self._console.is_terminal and time.monotonic() - self._printed > _LINE_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        arms = self._arms.values()
+        done = sum(a.finished + a.stopped + a.failed for a in arms)
+        self._printed = time.monotonic()
+        self._console.print(
+            f"{self._stage} stage: {done} of {sum(a.planned for a in arms)} trials ended "
+            f"({sum(a.stopped for a in arms)} stopped early, {sum(a.failed for a in arms)} failed), "
+            f"{sum(a.running for a in arms)} running, {self._printed - self._began:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self._stage} stage, {time.monotonic() - self._began:.0f} s", title_justify="left")
+        for column in ("arm", "trials", "running", "finished", "stopped early", "failed", "best objective"):
+            table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+        for name, arm in self._arms.items():
+            best = "" if arm.best is None else f"{arm.best:.4g}"
+            cells = (arm.planned, arm.running, arm.finished, arm.stopped, arm.failed)
+            table.add_row(name, *map(str, cells), best)
+        return table

@@ -1,0 +1,39 @@
+"""What has to be known of Ray before it is imported: it reads its environment once, then."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def set_ray_environment(address: str | None) -> None:
+    """Prepare a process that has not imported Ray yet.
+
+    A cluster of this machine alone gets a token of its own, kept in this process and its children: Ray would
+    otherwise leave one in the user's home folder, which then locks the next `ray start` (Ray 2.59 and later). A
+    cluster that is joined keeps its own authentication.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def leaving_ray() -> Iterator[None]:
+    """Disconnect from Ray at the end, unless the process was connected before or never came to it."""
+    connected = _connected()
+    try:
+        yield
+    finally:
+        if not connected and _connected():
+            sys.modules["ray"].shutdown()
+
+
+def _connected() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())

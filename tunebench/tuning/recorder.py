@@ -1,0 +1,114 @@
+"""Writes what Tune reports into the journal; the only writer, in the driver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from tunebench.engine.checkpoints import drop_checkpoints
+from tunebench.engine.task import Evaluation
+from tunebench.study.journal import JournalWriter
+from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.tuning.asha import Decision, PerArmAsha
+from tunebench.tuning.progress import Progress
+
+
+class Recorder(Callback):
+    """Tune callback that keeps the journal, the checkpoints on disk and the progress view.
+
+    Args:
+        journal: the run's journal.
+        scheduler: where the reasons of stops come from.
+        keys: trial keys by trial id.
+        rungs: step -> journal, per arm.
+        drop: whether a finished trial's checkpoints are deleted, by key.
+        progress: the view that is updated.
+    """
+
+    def __init__(
+        self,
+        journal: JournalWriter,
+        scheduler: PerArmAsha,
+        keys: dict[str, TrialKey],
+        rungs: dict[str, tuple[int, ...]],
+        drop: Callable[[TrialKey], bool],
+        progress: Progress,
+    ) -> None:
+        self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
+        self._drop, self._progress = drop, progress
+        self._last: dict[str, Evaluation] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks, and a resumed run builds its own from the journal."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Mark the trial as running."""
+        key = self._key(trial)
+        self._journal.start(key)
+        self._progress.started(key)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Keep an evaluation; close the trial where it ended or was stopped."""
+        key = self._key(trial)
+        evaluation = Evaluation.from_plain(result)
+        self._last[key.trial_id] = evaluation
+        if evaluation.groups:
+            self._journal.start(key, evaluation.groups)
+        if evaluation.step in self._rungs.get(key.arm, ()) and math.isfinite(evaluation.objective):
+            self._journal.record_rung(key, evaluation.step, evaluation.objective)
+        self._progress.evaluated(key, evaluation)
+        decision = self._scheduler.decisions.get(key.trial_id)
+        if evaluation.outcome is not None:
+            self._finish(key, evaluation.outcome, {"message": evaluation.message})
+        elif decision is not None:
+            self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Close a trial that failed more often than the study allows."""
+        error = trial.get_error()
+        message = str(getattr(error, "cause", None) or error or "the trial's process died").strip().splitlines()
+        self._finish(self._key(trial), Reason.CRASHED, {"message": message[-1][:500]})
+
+    def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:
+        last = self._last.get(key.trial_id)
+        self._journal.finish(
+            key,
+            reason,
+            value=last.objective if last and math.isfinite(last.objective) else None,
+            detail=detail,
+            ledger=_ledger(last),
+            result=last.errors if last else {},
+        )
+        self._progress.finished(key, reason)
+        if self._drop(key):
+            drop_checkpoints(self._progress.run, key.trial_id)
+
+    def _key(self, trial: Trial) -> TrialKey:
+        return self._keys[trial.config["trial"]]
+
+
+def retention(keep: str) -> Callable[[TrialKey], bool]:
+    """Which finished trials lose their checkpoints under the study's `keep_checkpoints`."""
+    return lambda key: keep == "none" or (keep == "confirm" and key.stage is not Stage.CONFIRM)
+
+
+def _detail(decision: Decision) -> dict[str, Any]:
+    return {
+        "rung": decision.rung,
+        "cutoff": decision.cutoff,
+        "value": decision.value,
+        "recorded": decision.recorded,
+    }
+
+
+def _ledger(last: Evaluation | None) -> dict[str, float]:
+    if last is None:
+        return {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
+    return {"steps": last.step, "wall_s": last.wall_s, "device_s": last.device_s, "attempts": last.attempts}

@@ -1,0 +1,252 @@
+"""Runs a study, or goes on with it: prepare, tune, select, confirm.
+
+The journal decides what is left to do, so a first start, a second start and a start after a kill are one code path.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tunebench.engine.task import Seeds, TrialTask
+from tunebench.study.environment import write_environment
+from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
+from tunebench.study.record import JOURNAL, STUDY_HASH, Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.seeds import named_seed
+from tunebench.study.spec import Sampler, StudyError
+from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment
+from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
+from tunebench.workloads.data import PreparedData, prepare
+from tunebench.workloads.errors import WorkloadError
+
+_TPE_ROUNDS = 8
+_MIN_FREE_BYTES = 200 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run, apart from what the study says.
+
+    Attributes:
+        run: the run directory.
+        address: Ray cluster to join, None for a cluster of this machine alone.
+    """
+
+    run: Path
+    address: str | None = None
+
+
+def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
+    """``PARENT/NAME-HASH``: the same study finds its run again, a changed study gets its own."""
+    return parent / f"{resolved.study.name}-{resolved.hash[:8]}"
+
+
+def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
+    """Run whatever of the study is not yet in its journal.
+
+    Returns:
+        All trials of the finished study.
+
+    Raises:
+        StudyError: the data contradict the study.
+        RunError: the run directory belongs to another study, is in use, or has no room.
+        Interrupted: Ctrl-C; everything is kept.
+    """
+    options.run.mkdir(parents=True, exist_ok=True)
+    with _locked(options.run):
+        _check_folder(resolved, options.run)
+        run = _Run(resolved, options, prepare_workloads(resolved, console), console)
+        with leaving_ray():
+            run.tune()
+            run.confirm()
+    return read_trials(options.run)
+
+
+def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, PreparedData]:
+    """The data of every workload by its name, built or found in the cache.
+
+    Raises:
+        StudyError: data that contradict the study, with file and key.
+    """
+    prepared = {}
+    for index, workload in enumerate(resolved.study.workloads):
+        try:
+            prepared[workload.name] = prepare(
+                workload.data,
+                base=resolved.file.parent,
+                progress=partial(_print_progress, console, workload.name),
+            )
+            _check_data(prepared[workload.name], workload.loss.stress, workload.batch_size)
+        except WorkloadError as error:
+            key = f"workloads[{index}].{error.key}"
+            raise StudyError(resolved.file, key, error.found, error.allowed) from None
+    return prepared
+
+
+def _print_progress(console: Console, workload: str, line: str) -> None:
+    console.print(f"{workload}: {line}", highlight=False, soft_wrap=True)
+
+
+def _check_data(data: PreparedData, stress_weight: float, batch_size: int) -> None:
+    if stress_weight > 0 and not data.has_stress:
+        raise WorkloadError("loss.stress", stress_weight, "0, for the data carry no stress")
+    if batch_size > data.splits["train"].frames:
+        raise WorkloadError("batch_size", batch_size, f"at most the {data.splits['train'].frames} training frames")
+
+
+class _Run:
+    """One start of a study on one run directory."""
+
+    def __init__(
+        self, resolved: ResolvedStudy, options: RunOptions, data: dict[str, PreparedData], console: Console
+    ) -> None:
+        self._resolved, self._study, self._options = resolved, resolved.study, options
+        self._data, self._console = data, console
+        self._arms = plan_arms(resolved)
+        changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
+        for line in changed:
+            console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
+        self._journal = JournalWriter(options.run)
+        for arm in self._arms:
+            self._journal.add_arm(arm.name, {"ranked": self._study.tune.sampler is Sampler.SOBOL})
+
+    def tune(self) -> None:
+        """Tune stage: plan every configuration of every arm and run those that have not ended."""
+        if self._study.tune.sampler is Sampler.SOBOL:
+            self._plan_sobol()
+            self._run_stage(Stage.TUNE)
+            return
+        for planned in _rounds(self._study.tune.trials_per_arm):
+            self._plan_tpe(planned)
+            self._run_stage(Stage.TUNE)
+
+    def confirm(self) -> None:
+        """Confirm stage: the best configurations of every arm with fresh seeds, to the horizon, without stopping."""
+        records = read_trials(self._options.run)
+        for arm in self._arms:
+            for record in best_configurations(records, arm.name, self._study.confirm.top_k):
+                for seed_index in range(self._study.confirm.seeds):
+                    key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
+                    self._plan(arm, key, record.params)
+        self._run_stage(Stage.CONFIRM)
+
+    def _plan_sobol(self) -> None:
+        count = self._study.tune.trials_per_arm
+        points = {
+            workload.name: sobol_points(
+                self._resolved.spaces.values(), count, named_seed(self._study.seed, "sobol", workload.name)
+            )
+            for workload in self._study.workloads
+        }
+        for index in range(count):
+            for arm in self._arms:
+                params = configuration(arm.space, points[arm.workload.name][index])
+                self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
+
+    def _plan_tpe(self, planned: range) -> None:
+        records = read_trials(self._options.run)
+        for arm in self._arms:
+            of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
+            if len(of_arm) > planned.start:  # planned by an earlier start
+                continue
+            seed = named_seed(self._study.seed, "tpe", arm.name, planned.start)
+            for index, params in zip(planned, tpe_configurations(arm.space, of_arm, len(planned), seed), strict=True):
+                self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
+
+    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
+        distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
+        seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
+        self._journal.plan(key, params, distributions, seeds)
+
+    def _run_stage(self, stage: Stage) -> None:
+        records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
+        tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
+        if tasks:
+            set_ray_environment(self._options.address)
+            from tunebench.tuning.stage import run_stage  # imports Ray, which reads its environment now
+
+            run_stage(self._resolved, stage, self._arms, records, tasks, self._journal, self._options, self._console)
+        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
+        if left:
+            raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
+
+    def _task(self, record: TrialRecord) -> TrialTask:
+        arm = next(arm for arm in self._arms if arm.name == record.key.arm)
+        resources = self._study.resources
+        return TrialTask(
+            key=record.key,
+            workload=arm.workload,
+            data=self._data[arm.workload.name],
+            hyperparameters={**record.params, **arm.space.fixed_values()},
+            averaged=arm.averaged,
+            schedule=arm.schedule,
+            objective=self._study.objective,
+            seeds=Seeds(**record.seeds),
+            evaluation_steps=arm.evaluation_steps,
+            run=self._options.run.resolve(),
+            device="cuda" if resources.gpus_per_trial > 0 else "cpu",
+            threads=max(math.floor(resources.cpus_per_trial), 1),
+            time_limit_s=resources.time_limit_s,
+        )
+
+
+def best_configurations(records: list[TrialRecord], arm: str, count: int) -> list[TrialRecord]:
+    """The arm's best tune-stage trials by validation objective that reached the horizon.
+
+    Where fewer reached it, trials that were stopped fill up, the longest-running first. Diverged and crashed trials
+    are never selected. Ties go to the earlier configuration.
+    """
+    usable = [
+        record
+        for record in records
+        if record.key.arm == arm
+        and record.key.stage is Stage.TUNE
+        and record.value is not None
+        and record.reason in (Reason.FINISHED, Reason.STOPPED_ASHA)
+    ]
+    usable.sort(key=lambda r: (-r.ledger["steps"], r.value, r.key.config_index))
+    return usable[:count]
+
+
+def _rounds(trials: int) -> Iterator[range]:
+    size = math.ceil(trials / _TPE_ROUNDS)
+    return (range(start, min(start + size, trials)) for start in range(0, trials, size))
+
+
+def _check_folder(resolved: ResolvedStudy, run: Path) -> None:
+    if (run / STUDY_HASH).exists():
+        found = (run / STUDY_HASH).read_text().split()[0]
+        if found != resolved.hash:
+            raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
+    elif (run / JOURNAL).exists():
+        raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")
+    else:
+        resolved.write(run)
+    free = shutil.disk_usage(run).free
+    if free < _MIN_FREE_BYTES:
+        raise RunError(
+            f"{run}: {free / 2**20:.0f} MiB free on its disk, allowed: {_MIN_FREE_BYTES / 2**20:.0f} or more"
+        )
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """One driver per run directory; the lock goes with its process, however that ends."""
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run}: another `tunebench run` is working on it, allowed: one at a time") from None
+        yield

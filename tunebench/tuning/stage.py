@@ -1,0 +1,123 @@
+"""One stage of a study as one Ray Tune run over a fixed list of trials."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from tunebench.engine.board import write_experiment
+from tunebench.engine.task import TrialTask
+from tunebench.study.journal import JournalWriter
+from tunebench.study.plan import ArmPlan
+from tunebench.study.record import Stage, TrialRecord
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.spec import Resources
+from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.progress import Progress
+from tunebench.tuning.recorder import Recorder, retention
+from tunebench.tuning.trainable import LOGS, train_trial
+
+if TYPE_CHECKING:
+    from tunebench.tuning.runner import RunOptions
+
+_TUNE = ".tune"
+_OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange files, not objects
+
+
+def run_stage(
+    resolved: ResolvedStudy,
+    stage: Stage,
+    arms: list[ArmPlan],
+    records: list[TrialRecord],
+    tasks: Mapping[str, TrialTask],
+    journal: JournalWriter,
+    options: RunOptions,
+    console: Console,
+) -> None:
+    """Run `tasks`, the trials of `records` that have not ended, until each is closed in the journal.
+
+    Ctrl-C returns early with trials left open.
+    """
+    study = resolved.study
+    write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
+    rungs = {arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {}
+    keys = {record.key.trial_id: record.key for record in records}
+    scheduler = PerArmAsha(rungs, study.tune.asha.reduction_factor if study.tune.asha else 2, keys.__getitem__)
+    scheduler.rebuild(records)
+    progress = Progress(options.run, stage, console)
+    for record in records:
+        progress.planned(record.key, record.reason, record.value)
+    recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress)
+    storage = options.run.resolve() / _TUNE
+    join_ray(options.address, study.resources, options.run)
+    with progress:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(train_trial, tasks=dict(tasks)), _request(study.resources)),
+            param_space={"trial": tune.grid_search(list(tasks))},
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler,
+                max_concurrent_trials=study.resources.concurrent_trials,
+                reuse_actors=True,
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=stage.value,
+                storage_path=str(storage),
+                verbose=0,
+                callbacks=[recorder],
+                failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
+            ),
+        ).fit()
+    shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.config["trial"])
+
+
+def _request(resources: Resources) -> dict[str, float]:
+    return {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+
+
+def join_ray(address: str | None, resources: Resources, run: Path) -> None:
+    """Join a cluster, or start one on this machine that listens on the loopback interface only.
+
+    Does nothing where this process is connected already.
+    """
+    _quiet(run)
+    if ray.is_initialized():
+        return
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(max(int(resources.cpus_per_trial), 1))}}
+    if address:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        runtime_env=environment,
+        configure_logging=False,
+    )
+
+
+def _quiet(run: Path) -> None:
+    """Ray's and Tune's own messages go to logs/driver.log, not to the screen."""
+    (run / LOGS).mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run / LOGS / "driver.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("ray", "ray.tune"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    # it looks for Tune's own result files, which this run does not write
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
