@@ -55,7 +55,7 @@ class TrialBoard:
         self._writer.flush()
 
     def add(self, evaluation: Evaluation) -> None:
-        """Write an evaluation's scalars: `SPLIT/METRIC/READOUT`, `val/objective`, `train/loss`, `train/learning_rate`."""
+        """Write an evaluation's scalars: SPLIT/METRIC/READOUT, val/objective, train/loss, train/learning_rate."""
         for split, by_readout in evaluation.errors.items():
             for readout, metrics in by_readout.items():
                 for metric, value in metrics.items():

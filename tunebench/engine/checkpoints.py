@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{LAST}.partial"
     torch.save(state, partial)
-    os.replace(partial, folder / LAST)
+    partial.replace(folder / LAST)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,4 +49,4 @@ def write_curve(run: Path, trial_id: str, rows: list[tuple[object, ...]]) -> Non
         pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)
     ]
     pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), partial)
-    os.replace(partial, path)
+    partial.replace(path)

@@ -51,7 +51,7 @@ class TrialTask:
 
     @property
     def final_splits(self) -> tuple[str, ...]:
-        """Splits opened once, at the horizon: test and out-of-distribution in the confirm stage, none in the tune stage."""
+        """Splits opened once, at the horizon: test and out-of-distribution in the confirm stage, none before."""
         if self.key.stage is not Stage.CONFIRM:
             return ()
         return tuple(name for name in self.data.splits if name not in ("train", "val"))

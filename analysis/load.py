@@ -1,0 +1,122 @@
+"""A run directory as one frozen value; nothing in it is changed, finished or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from tunebench.study.errors import RunError
+from tunebench.study.journal import read_trials
+from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
+from tunebench.study.resolve import ResolvedStudy, load_run
+from tunebench.study.spec import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that analysis knows of a run.
+
+    Attributes:
+        path: the run directory.
+        resolved: study, search spaces and schedules as they were frozen.
+        trials: journal order; unfinished trials have no reason yet.
+        curves: one row per measurement, columns `CURVE_COLUMNS`; a step measured twice, after a restart, counts once.
+        environment: `environment.json`, empty when absent.
+        damages: one line per file that could not be read.
+    """
+
+    path: Path
+    resolved: ResolvedStudy
+    trials: tuple[TrialRecord, ...]
+    curves: pd.DataFrame
+    environment: dict[str, Any]
+    damages: tuple[str, ...]
+
+    @property
+    def study(self) -> Study:
+        """The study as it was frozen when the run started."""
+        return self.resolved.study
+
+    @property
+    def workloads(self) -> tuple[str, ...]:
+        """Names of the workloads in the order of the study file."""
+        return tuple(workload.name for workload in self.study.workloads)
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """Names of the optimizers in the order of the study file."""
+        return tuple(arm.name for arm in self.study.optimizers)
+
+    def arm(self, workload: str, optimizer: str, stage: Stage | None = None) -> tuple[TrialRecord, ...]:
+        """Trials of an arm in planned order, of one stage or of both."""
+        return tuple(
+            trial
+            for trial in self.trials
+            if (trial.key.workload, trial.key.optimizer) == (workload, optimizer) and stage in (None, trial.key.stage)
+        )
+
+
+def load(path: Path) -> Run:
+    """Read a run directory as it is now; a run in progress is read up to its last whole entry.
+
+    Raises:
+        RunError: there is no run here, or its journal cannot be read.
+        StudyError: the frozen study is not valid, or was edited after the start.
+    """
+    for name in (STUDY, JOURNAL):
+        if not (path / name).is_file():
+            raise RunError(f"{path}: found no {name}, allowed: a run directory written by `tunebench run`")
+    resolved = load_run(path)
+    trials = _trials(path)
+    curves, curve_damages = _curves(path / CURVES, [trial.key.trial_id for trial in trials])
+    environment, environment_damages = _environment(path / ENVIRONMENT)
+    return Run(
+        path=path,
+        resolved=resolved,
+        trials=trials,
+        curves=curves,
+        environment=environment,
+        damages=(*curve_damages, *environment_damages),
+    )
+
+
+def _trials(path: Path) -> tuple[TrialRecord, ...]:
+    try:
+        return tuple(read_trials(path))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(f"{path / JOURNAL}: found an unreadable journal ({text}), allowed: Optuna's journal") from error
+
+
+def _curves(folder: Path, trial_ids: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    frames, damages = [], []
+    for trial_id in trial_ids:
+        file = folder / f"{trial_id}.parquet"
+        if not file.is_file():
+            continue
+        try:
+            frame = pyarrow.parquet.read_table(file, columns=list(CURVE_COLUMNS)).to_pandas()
+        except (pyarrow.ArrowException, OSError) as error:
+            damages.append(f"{CURVES}/{file.name}: {' '.join(str(error).split())[:160]}")
+            continue
+        frames.append(frame)
+    curves = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CURVE_COLUMNS))
+    return curves.drop_duplicates(["trial", "step", "split", "metric", "readout"], keep="last"), damages
+
+
+def _environment(file: Path) -> tuple[dict[str, Any], list[str]]:
+    if not file.is_file():
+        return {}, []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return {}, [f"{ENVIRONMENT}: {error}"]
+    if not isinstance(content, dict):
+        return {}, [f"{ENVIRONMENT}: found {type(content).__name__}, allowed: a JSON object"]
+    return content, []

@@ -1,0 +1,84 @@
+"""The numbers behind the page as CSV files, in eV, Å and s."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.ledger import ArmLedger, ledgers
+from analysis.load import Run
+from analysis.ranking import Ranking, WorkloadRanking
+from analysis.wording import why
+from tunebench.study.record import Reason, TrialRecord
+
+
+def write_tables(run: Run, ranking: Ranking, folder: Path) -> None:
+    """Write arms.csv, ledger.csv and trials.csv, the numbers behind the page in eV, Å and s."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "arms.csv", [row for workload in ranking.workloads for row in _arm_rows(workload)])
+    _write_csv(folder / "ledger.csv", [_ledger_row(ledger) for ledger in ledgers(run)])
+    _write_csv(folder / "trials.csv", [_trial_row(trial) for trial in run.trials])
+
+
+def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _arm_rows(workload: WorkloadRanking) -> list[dict[str, Any]]:
+    return [
+        {
+            "workload": workload.workload,
+            "optimizer": arm.optimizer,
+            "rank": arm.rank,
+            "split": summary.split,
+            "readout": summary.readout,
+            "metric": summary.metric.value,
+            "n_seeds": len(summary.values),
+            "failed_seeds": len(arm.failed_seeds),
+            "iqm": summary.iqm,
+            "low": summary.interval.low if summary.interval else None,
+            "high": summary.interval.high if summary.interval else None,
+            "median": summary.median,
+            "mean": summary.mean,
+        }
+        for arm in workload.arms
+        for summary in arm.errors
+    ]
+
+
+def _ledger_row(ledger: ArmLedger) -> dict[str, Any]:
+    return {
+        "workload": ledger.workload,
+        "optimizer": ledger.optimizer,
+        "stage": ledger.stage.value,
+        "trials": ledger.trials,
+        "unfinished": ledger.unfinished,
+        "steps": ledger.steps,
+        "device_s": ledger.device_s,
+        "wall_s": ledger.wall_s,
+        **{reason.value: ledger.reasons.get(reason, 0) for reason in Reason},
+    }
+
+
+def _trial_row(trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "trial": trial.key.trial_id,
+        "workload": trial.key.workload,
+        "optimizer": trial.key.optimizer,
+        "stage": trial.key.stage.value,
+        "config": trial.key.config_index,
+        "seed": trial.key.seed_index,
+        "state": trial.state,
+        "reason": trial.reason.value if trial.reason else None,
+        "detail": why(trial),
+        "steps": trial.ledger.get("steps"),
+        "device_s": trial.ledger.get("device_s"),
+        "value": trial.value,
+        **{f"param.{name}": value for name, value in trial.params.items()},
+    }

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from analysis.verdict import Contender, Decision, Verdict, compare, decide
+
+INF = math.inf
+
+
+def contender(name: str, *values: float) -> Contender:
+    return Contender(optimizer=name, values=dict(enumerate(values)))
+
+
+def verdict(*contenders: Contender, **changes: object) -> Decision:
+    settings: dict[str, object] = {"exploratory": False, "missing": (), "failed_checks": (), "seed": lambda a, b: 1}
+    decision, _ = decide(contenders, **{**settings, **changes})  # type: ignore[arg-type]
+    return decision
+
+
+GOOD = contender("soap", 0.020, 0.021, 0.020, 0.022, 0.021)
+BAD = contender("adamw", 0.030, 0.031, 0.030, 0.032, 0.031)
+
+
+def test_large_effect_with_five_seeds_has_a_winner() -> None:
+    decision = verdict(GOOD, BAD)
+    assert (decision.verdict, decision.winner) == (Verdict.WINNER, "soap")
+    assert "−10.0 [−10.0, −10.0] (n = 5)" in decision.sentence  # noqa: RUF001
+
+
+def test_four_seeds_never_have_a_winner_and_the_sentence_says_how_many_there_are() -> None:
+    decision = verdict(contender("soap", 0.02, 0.02, 0.02, 0.02), BAD)
+    assert (decision.verdict, decision.winner, decision.smallest_n) == (Verdict.UNRESOLVED, None, 4)
+    assert "the smallest number of paired seeds is 4, a winner needs 5" in decision.sentence
+
+
+def test_overlapping_arms_are_unresolved_and_named() -> None:
+    decision = verdict(
+        contender("soap", 0.020, 0.024, 0.020, 0.024, 0.020), contender("muon", 0.021, 0.020, 0.024, 0.021, 0.023), BAD
+    )
+    assert decision.verdict is Verdict.UNRESOLVED
+    assert "soap is not separated from muon" in decision.sentence
+    assert "to adamw" not in decision.sentence
+
+
+def test_unfinished_study_has_no_winner() -> None:
+    decision = verdict(GOOD, BAD, missing=("w/adamw: 4 of 5 confirm trials have ended",))
+    assert decision.winner is None
+    assert "unfinished" in decision.sentence
+
+
+def test_failed_check_forbids_a_winner() -> None:
+    decision = verdict(GOOD, BAD, failed_checks=("arms share seeds (F9)",))
+    assert decision.winner is None
+    assert "arms share seeds (F9)" in decision.sentence
+
+
+def test_arm_without_seeds_keeps_the_others_from_winning() -> None:
+    decision = verdict(GOOD, BAD, contender("muon"))
+    assert decision.winner is None
+    assert "no confirm trial of muon has ended" in decision.sentence
+
+
+def test_single_arm_wins_nothing() -> None:
+    assert verdict(GOOD).winner is None
+
+
+def test_arm_that_failed_at_every_seed_can_be_beaten() -> None:
+    assert verdict(GOOD, contender("sgd", *[INF] * 5)).winner == "soap"
+
+
+def test_all_arms_failed_is_unresolved() -> None:
+    assert verdict(contender("sgd", *[INF] * 5), contender("soap", *[INF] * 5)).verdict is Verdict.UNRESOLVED
+
+
+def test_exploratory_study_orders_nothing() -> None:
+    decision, comparisons = decide([GOOD, BAD], exploratory=True, missing=(), failed_checks=(), seed=lambda a, b: 1)
+    assert decision.verdict is Verdict.EXPLORATORY
+    assert comparisons == ()
+
+
+def test_only_common_seeds_are_compared() -> None:
+    first = Contender(optimizer="soap", values={0: 1.0, 2: 1.0, 3: 1.0, 4: 1.0})
+    second = Contender(optimizer="muon", values={0: 2.0, 1: 50.0, 2: 2.0, 3: 2.0})
+    comparison = compare(first, second, seed=1)
+    assert comparison.n_pairs == 3
+    assert comparison.difference == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(("arms", "highest"), [(2, 0.15), (4, 0.03)])
+def test_false_winners_are_as_rare_as_the_report_says(arms: int, highest: float) -> None:
+    generator = np.random.default_rng(17)
+    studies, named = 150, 0
+    for study in range(studies):
+        errors = 1.0 + 0.1 * generator.normal(size=5) + 0.1 * generator.normal(size=(arms, 5))
+        named += _simulated(errors, study).winner is not None
+    assert named / studies <= highest
+
+
+def test_large_true_difference_is_nearly_always_named() -> None:
+    generator = np.random.default_rng(18)
+    winners = []
+    for study in range(60):
+        errors = 1.0 + 0.1 * generator.normal(size=5) + 0.1 * generator.normal(size=(4, 5))
+        errors[2] -= 0.5
+        winners.append(_simulated(errors, study).winner)
+    assert winners.count("arm2") >= 54
+    assert set(winners) <= {"arm2", None}
+
+
+def _simulated(errors: np.ndarray, study: int) -> Decision:
+    order = np.argsort(np.sort(errors, axis=1)[:, 1:4].mean(axis=1))
+    contenders = [contender(f"arm{index}", *map(float, errors[index])) for index in order]
+    return verdict(*contenders, seed=lambda a, b: study)
