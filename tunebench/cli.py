@@ -77,10 +77,11 @@ def plan(
     """Show what a study will do: arms, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
     from tunebench.study.plan import plan_summary
     from tunebench.study.resolve import resolve
-    from tunebench.tuning.runner import prepare_workloads
+    from tunebench.tuning.runner import check_arms, prepare_workloads
 
     resolved = resolve(study)
     data = prepare_workloads(resolved, _stderr())
+    check_arms(resolved, data)
     seconds = None
     if measure:
         from tunebench.engine.calibration import step_seconds

@@ -41,8 +41,8 @@ class TrialBoard:
     """
 
     def __init__(self, run: Path, key: TrialKey, hyperparameters: dict[str, Any], resumed_step: int) -> None:
-        purge = resumed_step + 1 if resumed_step else None
-        self._writer = SummaryWriter(str(run / TENSORBOARD / key.trial_id), purge_step=purge)
+        # also from step 0: a first attempt may have been killed between its first events and its first checkpoint
+        self._writer = SummaryWriter(str(run / TENSORBOARD / key.trial_id), purge_step=resumed_step + 1)
         session = {
             "workload": key.workload,
             "optimizer": key.optimizer,

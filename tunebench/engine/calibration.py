@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tunebench.study.record import Readout, Split, Stage
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.workloads.data import PreparedData
 from tunebench.workloads.frames import PreparedFrames
+from tunebench.workloads.models import build_model
 from tunebench.workloads.order import batch_order
 
 _WARM, _TIMED = 3, 7
@@ -35,11 +35,13 @@ def step_seconds(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> d
     """
     set_global_state()
     torch.set_num_threads(max(int(resolved.study.resources.cpus_per_trial), 1))
-    device = "cuda" if resolved.study.resources.gpus_per_trial > 0 else "cpu"
-    return {arm.name: _measure(_task(resolved, arm, data[arm.workload.name], device)) for arm in plan_arms(resolved)}
+    return {
+        arm.name: _measure(untuned_task(resolved, arm, data[arm.workload.name])) for arm in plan_arms(resolved)
+    }
 
 
-def _task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData, device: str) -> TrialTask:
+def untuned_task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData) -> TrialTask:
+    """A trial of an arm with the untuned defaults of its search space; it belongs to no run."""
     return TrialTask(
         key=arm.key(Stage.TUNE, 0, 0),
         workload=arm.workload,
@@ -51,21 +53,32 @@ def _task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData, device: str
         seeds=Seeds(**trial_seeds(resolved.study.seed, arm.workload.name, Stage.TUNE, 0)),
         evaluation_steps=arm.evaluation_steps,
         run=Path(),
-        device=device,
+        device="cuda" if resolved.study.resources.gpus_per_trial > 0 else "cpu",
     )
+
+
+def training_parts(task: TrialTask) -> tuple[Any, Any]:
+    """A trial's training module and optimizer as Lightning would build them.
+
+    Raises:
+        WorkloadError: the model's builder refuses its arguments.
+        ValueError: the optimizer finds nothing to do in this model.
+    """
+    config = training_module(task)
+    build_model(config["model"])  # names what is wrong with the arguments
+    module = build_module(config, LossWeights.of(task.workload.loss), task.averaged).to(task.device)
+    return module, module.configure_optimizers()["optimizer"]
 
 
 def _measure(task: TrialTask) -> float:
     workload = task.workload
-    module = build_module(training_module(task), LossWeights.of(workload.loss), task.averaged).to(task.device)
+    module, optimizer = training_parts(task)
     module.train()
-    configured = module.configure_optimizers()
-    optimizer = configured["optimizer"]
     if task.averaged is Readout.SCHEDULE_FREE:
         optimizer.train()
     frames = task_frames(task, Split.TRAIN)
-    batches = cycle(batch_order(len(frames), workload.batch_size, _WARM + _TIMED, task.seeds.order))
-    times = [_step(module, optimizer, frames, next(batches), task.device) for _ in range(_WARM + _TIMED)]
+    batches = batch_order(len(frames), workload.batch_size, _WARM + _TIMED, task.seeds.order)
+    times = [_step(module, optimizer, frames, batch, task.device) for batch in batches]
     return statistics.median(times[_WARM:])
 
 

@@ -14,20 +14,25 @@ from tunebench.study.spec import Objective
 def readout_weights(module: Any, optimizer: Any, readout: Readout) -> Iterator[None]:
     """The module's model holds the weights of `readout` inside the block, and its training weights again after it.
 
-    EMA swaps with the averages NequIP's EMALightningModule keeps; SCHEDULE_FREE switches the optimizer to its
-    averaged iterate and back, which schedulefree requires before the next step.
+    They come back however the block ends. EMA swaps with the averages NequIP's EMALightningModule keeps;
+    SCHEDULE_FREE switches the optimizer to its averaged iterate and back, which schedulefree requires before the
+    next step.
     """
     match readout:
         case Readout.RAW:
             yield
         case Readout.EMA:
             module.ema.swap_parameters(module.model)
-            yield
-            module.ema.swap_parameters(module.model)
+            try:
+                yield
+            finally:
+                module.ema.swap_parameters(module.model)
         case Readout.SCHEDULE_FREE:
             optimizer.eval()
-            yield
-            optimizer.train()
+            try:
+                yield
+            finally:
+                optimizer.train()
 
 
 def selected_value(by_readout: dict[str, float], objective: Objective) -> float:

@@ -40,7 +40,9 @@ def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
     """
     path, now = run / ENVIRONMENT, environment(data_hashes)
     if not path.exists():
-        path.write_text(json.dumps(now, indent=2) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(now, indent=2) + "\n")
+        partial.replace(path)
         return []
     before = json.loads(path.read_text())
     return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]

@@ -6,7 +6,7 @@ Only the driver writes it, through `JournalWriter`; everybody may read it at any
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,12 @@ class JournalWriter:
                 self._trials[trial.user_attrs["trial_id"]] = trial._trial_id
 
     def add_arm(self, arm: str, attributes: Mapping[str, Any]) -> None:
-        """Create the arm's Optuna study, named WORKLOAD/OPTIMIZER, unless it is there."""
-        if arm in self._studies:
-            return
-        self._studies[arm] = self._storage.create_new_study([StudyDirection.MINIMIZE], study_name=arm)
-        for name, value in attributes.items():
-            self._storage.set_study_user_attr(self._studies[arm], name, value)
+        """Create the arm's Optuna study, named WORKLOAD/OPTIMIZER, with its attributes, unless they are there."""
+        if arm not in self._studies:
+            self._studies[arm] = self._storage.create_new_study([StudyDirection.MINIMIZE], study_name=arm)
+        written = self._storage.get_study_user_attrs(self._studies[arm])
+        for name in attributes.keys() - written.keys():  # a kill may have come between the study and its attributes
+            self._storage.set_study_user_attr(self._studies[arm], name, attributes[name])
 
     def plan(
         self,
@@ -155,8 +155,3 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         groups=attributes.get("groups", []),
         result=attributes.get("result", {}),
     )
-
-
-def unfinished(trials: list[TrialRecord]) -> Iterator[TrialRecord]:
-    """Trials that still have to be run or gone on with."""
-    return (trial for trial in trials if trial.reason is None)

@@ -9,7 +9,7 @@ from tunebench.study.record import Readout, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import Asha, Sampler, Schedule, Workload
+from tunebench.study.spec import Asha, Sampler, Schedule, Tune, Workload
 
 _EVALUATIONS = 20  # per horizon, where the study does not say
 
@@ -82,13 +82,10 @@ def evaluation_steps(workload: Workload, rungs: tuple[int, ...]) -> tuple[int, .
     return tuple(sorted({*range(every, workload.max_steps + 1, every), *rungs, workload.max_steps}))
 
 
-def survivors(trials: int, rungs: tuple[int, ...], reduction_factor: int) -> list[int]:
-    """Trials expected to train beyond each rung; at least one always does."""
-    counts = []
-    for _ in rungs:
-        trials = max(trials // reduction_factor, 1)
-        counts.append(trials)
-    return counts
+def survivors(tune: Tune, rungs: tuple[int, ...]) -> list[int]:
+    """Trials of an arm expected to train beyond each rung; at least one always does."""
+    factor = tune.asha.reduction_factor if tune.asha else 1
+    return [max(tune.trials_per_arm // factor**index, 1) for index in range(1, len(rungs) + 1)]
 
 
 def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict[str, int]:
@@ -96,25 +93,11 @@ def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict
     return {name: named_seed(root, name, workload, stage.value, seed_index) for name in ("init", "order", "labels")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmCost:
-    """Expected work of one arm in steps; multiply by the seconds of a step on the device at hand."""
-
-    tune_steps: int
-    confirm_steps: int
-
-
-def arm_cost(arm: ArmPlan, resolved: ResolvedStudy) -> ArmCost:
-    """Expected steps of an arm under the stopping rule, without failures."""
-    tune, confirm = resolved.study.tune, resolved.study.confirm
-    ends = [*arm.rungs, arm.workload.max_steps]
-    factor = tune.asha.reduction_factor if tune.asha else 1
-    alive = [tune.trials_per_arm, *survivors(tune.trials_per_arm, arm.rungs, factor)]
-    segments = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return ArmCost(
-        tune_steps=sum(count * length for count, length in zip(alive, segments, strict=True)),
-        confirm_steps=confirm.top_k * confirm.seeds * arm.workload.max_steps,
-    )
+def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int) -> int:
+    """Steps expected of an arm's tune stage under the stopping rule, without failures."""
+    alive = [tune.trials_per_arm, *survivors(tune, rungs)]
+    ends = [*rungs, horizon]
+    return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))
 
 
 def plan_summary(resolved: ResolvedStudy, step_seconds: dict[str, float] | None = None) -> dict[str, Any]:
@@ -125,25 +108,25 @@ def plan_summary(resolved: ResolvedStudy, step_seconds: dict[str, float] | None 
         step_seconds: measured seconds of one training step by arm name.
     """
     study = resolved.study
+    confirm_trials = study.confirm.top_k * study.confirm.seeds
     rows: list[dict[str, Any]] = []
     for arm in plan_arms(resolved):
-        cost = arm_cost(arm, resolved)
+        horizon = arm.workload.max_steps
+        steps = {"tune": tune_steps(study.tune, arm.rungs, horizon), "confirm": confirm_trials * horizon}
         seconds = (step_seconds or {}).get(arm.name)
         rows.append(
             {
                 "arm": arm.name,
                 "trials": study.tune.trials_per_arm,
-                "confirm_trials": study.confirm.top_k * study.confirm.seeds,
-                "horizon_steps": arm.workload.max_steps,
+                "confirm_trials": confirm_trials,
+                "horizon_steps": horizon,
                 "rungs": list(arm.rungs),
-                "expected_survivors": survivors(
-                    study.tune.trials_per_arm, arm.rungs, study.tune.asha.reduction_factor if study.tune.asha else 1
-                ),
+                "expected_survivors": survivors(study.tune, arm.rungs),
                 "parameters": sorted(arm.space.parameters),
-                "expected_tune_steps": cost.tune_steps,
-                "expected_confirm_steps": cost.confirm_steps,
+                "expected_tune_steps": steps["tune"],
+                "expected_confirm_steps": steps["confirm"],
                 "step_s": seconds,
-                "expected_device_s": None if seconds is None else seconds * (cost.tune_steps + cost.confirm_steps),
+                "expected_device_s": None if seconds is None else seconds * sum(steps.values()),
             }
         )
     known = [row["expected_device_s"] for row in rows]

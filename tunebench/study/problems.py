@@ -51,7 +51,9 @@ def parse(model: type[ModelT], data: object, file: Path) -> ModelT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise_problems(file, [_problem(model, details) for details in error.errors()])
+        # An unknown key comes first: it is often the misspelt form of one that is then missing.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise_problems(file, [_problem(model, detail) for detail in details])
         raise
 
 

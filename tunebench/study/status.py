@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,11 @@ def _why(trial: TrialRecord) -> str:
         case None:
             return "has not ended; it waits" if trial.state == "WAITING" else "has not ended; it runs"
         case Reason.FINISHED:
-            return f"finished its horizon with objective {trial.value:.5g}"
+            objective = "an objective that is not finite" if trial.value is None else f"objective {trial.value:.5g}"
+            return f"finished its horizon with {objective}"
         case Reason.STOPPED_ASHA:
+            if not math.isfinite(detail["value"]):
+                return f"stopped at rung {detail['rung']}: its objective {detail['value']} is not finite"
             return (
                 f"stopped at rung {detail['rung']}: objective {detail['value']:.5g} is above the cutoff "
                 f"{detail['cutoff']:.5g} of the {detail['recorded']} trials of its arm seen there"

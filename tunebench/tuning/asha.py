@@ -7,6 +7,7 @@ rungs of a resumed study are the journal's. The rule is the stopping form of Li 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ class Decision:
     """What happened to a trial at a rung, with what it was compared.
 
     Attributes:
-        cutoff: the largest objective that goes on. recorded: trials seen at this rung so far, this one included.
+        cutoff: the largest objective that goes on. recorded: trials seen at this rung so far, this one included if its
+            value is finite.
     """
 
     rung: int
@@ -35,7 +37,7 @@ class Decision:
 
 @dataclass
 class Ladder:
-    """The rungs of one arm: objectives by rung and trial."""
+    """The rungs of one arm: objectives by rung and trial, those of stopped trials included."""
 
     reduction_factor: int
     values: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
@@ -43,12 +45,17 @@ class Ladder:
     def decide(self, trial_id: str, rung: int, value: float) -> Decision:
         """Let the best 1 / `reduction_factor` of the trials seen at this rung go on, and always the best one.
 
-        Asking again for the same trial and rung does not count it twice.
+        A value that is not finite is stopped and not counted. A trial that went on and reports the rung again, as it
+        does after a restart, goes on again, whoever has come since.
         """
-        self.values[rung][trial_id] = value
-        seen = sorted(self.values[rung].values())
-        cutoff = seen[max(len(seen) // self.reduction_factor, 1) - 1]
-        return Decision(rung=rung, value=value, cutoff=cutoff, recorded=len(seen), stop=not value <= cutoff)
+        values = self.values[rung]
+        went_on = trial_id in values
+        if math.isfinite(value):
+            values.setdefault(trial_id, value)
+        seen = sorted(values.values())
+        cutoff = seen[max(len(seen) // self.reduction_factor, 1) - 1] if seen else math.inf
+        stop = not math.isfinite(value) or (not went_on and value > cutoff)
+        return Decision(rung=rung, value=value, cutoff=cutoff, recorded=len(seen), stop=stop)
 
 
 class PerArmAsha(FIFOScheduler):
@@ -66,9 +73,13 @@ class PerArmAsha(FIFOScheduler):
     def rebuild(self, records: Iterable[TrialRecord]) -> None:
         """Rebuild the rungs from what the journal holds."""
         for record in records:
-            if record.key.arm in self._ladders:
-                for step, value in record.rungs.items():
-                    self._ladders[record.key.arm].values[step][record.key.trial_id] = value
+            if record.key.arm not in self._ladders:
+                continue
+            for step, value in record.rungs.items():
+                # a driver killed while it closed a stopped trial: the trial reports this rung again and is judged anew
+                if record.reason is None and record.detail.get("rung") == step:
+                    continue
+                self._ladders[record.key.arm].values[step][record.key.trial_id] = value
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decide at a rung, go on anywhere else."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -19,12 +20,11 @@ _LINE_EVERY_S = 10.0
 @dataclass
 class _ArmCount:
     planned: int = 0
-    running: int = 0
     finished: int = 0
     stopped: int = 0
     failed: int = 0
-    steps: int = 0
     best: float | None = None
+    running: set[str] = field(default_factory=set)
 
 
 class Progress:
@@ -61,8 +61,8 @@ class Progress:
             self._better(arm, value)
 
     def started(self, key: TrialKey) -> None:
-        """Count a running trial."""
-        self._arms[key.arm].running += 1
+        """Count a running trial; one that is started again after a failure counts once."""
+        self._arms[key.arm].running.add(key.trial_id)
         self._show()
 
     def evaluated(self, key: TrialKey, evaluation: Evaluation) -> None:
@@ -73,7 +73,7 @@ class Progress:
     def finished(self, key: TrialKey, reason: Reason) -> None:
         """Count a trial that ended."""
         arm = self._arms[key.arm]
-        arm.running = max(arm.running - 1, 0)
+        arm.running.discard(key.trial_id)
         self._end(arm, reason)
         self._show()
 
@@ -86,7 +86,7 @@ class Progress:
             arm.failed += 1
 
     def _better(self, arm: _ArmCount, value: float | None) -> None:
-        if value is not None and (arm.best is None or value < arm.best):
+        if value is not None and math.isfinite(value) and (arm.best is None or value < arm.best):
             arm.best = value
 
     def _show(self) -> None:
@@ -100,7 +100,7 @@ class Progress:
         self._console.print(
             f"{self._stage} stage: {done} of {sum(a.planned for a in arms)} trials ended "
             f"({sum(a.stopped for a in arms)} stopped early, {sum(a.failed for a in arms)} failed), "
-            f"{sum(a.running for a in arms)} running, {self._printed - self._began:.0f} s",
+            f"{sum(len(a.running) for a in arms)} running, {self._printed - self._began:.0f} s",
             highlight=False,
             soft_wrap=True,
         )
@@ -111,6 +111,6 @@ class Progress:
             table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
         for name, arm in self._arms.items():
             best = "" if arm.best is None else f"{arm.best:.4g}"
-            cells = (arm.planned, arm.running, arm.finished, arm.stopped, arm.failed)
+            cells = (arm.planned, len(arm.running), arm.finished, arm.stopped, arm.failed)
             table.add_row(name, *map(str, cells), best)
         return table

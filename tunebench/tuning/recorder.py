@@ -73,8 +73,9 @@ class Recorder(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close a trial that failed more often than the study allows."""
         error = trial.get_error()
-        message = str(getattr(error, "cause", None) or error or "the trial's process died").strip().splitlines()
-        self._finish(self._key(trial), Reason.CRASHED, {"message": message[-1][:500]})
+        cause = getattr(error, "cause", None) or error or "the trial's process died"
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
+        self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:
         last = self._last.get(key.trial_id)

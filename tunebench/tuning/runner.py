@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
     options.run.mkdir(parents=True, exist_ok=True)
     with _locked(options.run):
         _check_folder(resolved, options.run)
-        run = _Run(resolved, options, prepare_workloads(resolved, console), console)
+        data = prepare_workloads(resolved, console)
+        if not (options.run / JOURNAL).exists():
+            check_arms(resolved, data)
+        run = _Run(resolved, options, data, console)
         with leaving_ray():
             run.tune()
             run.confirm()
@@ -82,17 +85,41 @@ def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, Pr
     """
     prepared = {}
     for index, workload in enumerate(resolved.study.workloads):
-        try:
+        with _naming_the_workload(resolved, index):
             prepared[workload.name] = prepare(
                 workload.data,
                 base=resolved.file.parent,
                 progress=partial(_print_progress, console, workload.name),
             )
             _check_data(prepared[workload.name], workload.loss.stress, workload.batch_size)
-        except WorkloadError as error:
-            key = f"workloads[{index}].{error.key}"
-            raise StudyError(resolved.file, key, error.found, error.allowed) from None
     return prepared
+
+
+def check_arms(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> None:
+    """Build the model and the optimizer of every arm once, before any trial does.
+
+    Raises:
+        StudyError: arguments that the model's builder refuses, or an optimizer that finds nothing to do in the model.
+    """
+    from tunebench.engine.calibration import training_parts, untuned_task  # imports torch and NequIP
+
+    for arm in plan_arms(resolved):
+        index = resolved.study.workloads.index(arm.workload)
+        with _naming_the_workload(resolved, index):
+            try:
+                training_parts(replace(untuned_task(resolved, arm, data[arm.workload.name]), device="cpu"))
+            except ValueError as error:
+                raise WorkloadError("model", f"{arm.workload.model.family} for {arm.optimizer}", str(error)) from error
+
+
+@contextmanager
+def _naming_the_workload(resolved: ResolvedStudy, index: int) -> Iterator[None]:
+    """Turn a workload's error into the study's, with file and whole key."""
+    try:
+        yield
+    except WorkloadError as error:
+        key = f"workloads[{index}].{error.key}"
+        raise StudyError(resolved.file, key, error.found, error.allowed) from error
 
 
 def _print_progress(console: Console, workload: str, line: str) -> None:

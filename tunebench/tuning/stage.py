@@ -59,7 +59,7 @@ def run_stage(
     join_ray(options.address, study.resources, options.run)
     with progress:
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(train_trial, tasks=dict(tasks)), _request(study.resources)),
+            tune.with_resources(tune.with_parameters(train_trial, tasks=dict(tasks)), trial_resources(study.resources)),
             param_space={"trial": tune.grid_search(list(tasks))},
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
@@ -83,7 +83,8 @@ def _trial_id(trial: Any) -> str:
     return str(trial.config["trial"])
 
 
-def _request(resources: Resources) -> dict[str, float]:
+def trial_resources(resources: Resources) -> dict[str, float]:
+    """What Ray reserves for one trial."""
     return {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
 
 

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from tunebench.study.journal import JournalWriter, mend_torn_tail, read_trials
+from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
+
+ARM = "ethanol/lamb"
+DISTRIBUTIONS = {
+    "learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
+    "clamp": CategoricalDistribution((10.0, None)),
+    "nesterov": CategoricalDistribution((False, True)),
+    "frequency": IntDistribution(1, 100, log=True),
+}
+PARAMS = {"learning_rate": 0.01, "clamp": None, "nesterov": True, "frequency": 10}
+SEEDS = {"init": 1, "order": 2, "labels": 3}
+GROUPS = [{"rule": "lamb", "tensors": 2, "parameters": 12, "settings": {"lr": 0.01}, "share": 1.0}]
+LEDGER = {"steps": 9, "wall_s": 2.5, "device_s": 1.5, "attempts": 2}
+RESULT = {"val": {"raw": {"forces_mae": 0.25}}}
+CUTOFF = {"rung": 3, "cutoff": 0.2, "value": 0.5, "recorded": 3}
+
+
+def key(config_index: int = 0, stage: Stage = Stage.TUNE) -> TrialKey:
+    return TrialKey(workload="ethanol", optimizer="lamb", stage=stage, config_index=config_index, seed_index=0)
+
+
+def plan(journal: JournalWriter, config_index: int = 0) -> TrialKey:
+    journal.plan(key(config_index), PARAMS, DISTRIBUTIONS, SEEDS)
+    return key(config_index)
+
+
+def end(journal: JournalWriter, trial: TrialKey, reason: Reason = Reason.FINISHED, **changes: Any) -> None:
+    content = {"value": 0.25, "detail": {"message": ""}, "ledger": LEDGER, "result": RESULT} | changes
+    journal.finish(trial, reason, **content)
+
+
+def write_everything(run: Path) -> list[TrialRecord]:
+    """Two trials from plan to end, one of them stopped, as a driver would write them."""
+    journal = JournalWriter(run)
+    journal.add_arm(ARM, {"ranked": True, "note": "n"})
+    first, second = plan(journal, 0), plan(journal, 1)
+    for trial, objective in ((first, 0.1), (second, 0.5)):
+        journal.start(trial)
+        journal.start(trial, GROUPS)
+        journal.record_rung(trial, 3, objective)
+    end(journal, second, Reason.STOPPED_ASHA, value=0.5, detail=CUTOFF)
+    end(journal, first)
+    return read_trials(run)
+
+
+def test_a_trial_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    finished, stopped = write_everything(tmp_path)
+    assert finished == TrialRecord(
+        key=key(0),
+        number=0,
+        state="COMPLETE",
+        reason=Reason.FINISHED,
+        detail={"message": ""},
+        value=0.25,
+        params=PARAMS,
+        rungs={3: 0.1},
+        seeds=SEEDS,
+        ledger=LEDGER,
+        groups=GROUPS,
+        result=RESULT,
+    )
+    assert (stopped.state, stopped.reason, stopped.detail) == ("PRUNED", Reason.STOPPED_ASHA, CUTOFF)
+    assert stopped.params["clamp"] is None
+    assert stopped.params["nesterov"] is True
+    assert isinstance(stopped.key.stage, Stage)
+
+
+def test_a_planned_trial_waits_and_a_started_one_runs(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    journal.start(plan(journal, 0))
+    plan(journal, 1)
+    running, waiting = read_trials(tmp_path)
+    assert (running.state, waiting.state) == ("RUNNING", "WAITING")
+    for record in (running, waiting):
+        assert (record.reason, record.value, record.rungs, record.groups) == (None, None, {}, [])
+        assert record.params == PARAMS
+
+
+def test_each_arm_is_an_optuna_study_that_optuna_opens(tmp_path: Path) -> None:
+    write_everything(tmp_path)
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL))
+    study = optuna.load_study(study_name=ARM, storage=optuna.storages.JournalStorage(backend))
+    assert study.user_attrs == {"ranked": True, "note": "n"}
+    assert study.best_value == 0.25
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert study.trials[0].intermediate_values == {3: 0.1}
+
+
+@pytest.mark.parametrize("reason", [r for r in Reason if r not in (Reason.FINISHED, Reason.STOPPED_ASHA)])
+def test_a_failed_trial_has_a_reason_and_no_value(tmp_path: Path, reason: Reason) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    end(journal, plan(journal), reason, value=0.5, detail={"message": "why"})
+    (record,) = read_trials(tmp_path)
+    assert (record.state, record.reason, record.value, record.detail) == ("FAIL", reason, None, {"message": "why"})
+
+
+@pytest.mark.parametrize("reason", [Reason.FINISHED, Reason.STOPPED_ASHA])
+def test_a_trial_may_end_without_a_finite_objective(tmp_path: Path, reason: Reason) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    end(journal, plan(journal), reason, value=None)
+    (record,) = read_trials(tmp_path)
+    assert (record.reason, record.value) == (reason, None)
+
+
+def test_repeating_everything_writes_nothing(tmp_path: Path) -> None:
+    before = write_everything(tmp_path)
+    written = (tmp_path / JOURNAL).read_bytes()
+    assert write_everything(tmp_path) == before
+    assert (tmp_path / JOURNAL).read_bytes() == written
+
+
+def test_repeating_a_step_of_an_open_trial_writes_nothing(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    steps: list[Callable[[], None]] = [
+        lambda: journal.add_arm(ARM, {}),
+        lambda: journal.plan(trial, PARAMS, DISTRIBUTIONS, SEEDS),
+        lambda: journal.start(trial),
+        lambda: journal.start(trial, GROUPS),
+        lambda: journal.record_rung(trial, 3, 0.1),
+        lambda: end(journal, trial),
+    ]
+    for step in steps:
+        step()
+        written = (tmp_path / JOURNAL).read_bytes()
+        step()
+        assert (tmp_path / JOURNAL).read_bytes() == written
+
+
+def test_what_is_closed_stays_as_it_is(tmp_path: Path) -> None:
+    before = write_everything(tmp_path)
+    journal = JournalWriter(tmp_path)
+    end(journal, key(0), Reason.CRASHED, value=None, detail={"message": "late"})
+    end(journal, key(1), value=0.001)
+    assert read_trials(tmp_path) == before
+
+
+def test_a_trial_is_planned_once_with_its_first_parameters(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    plan(journal)
+    JournalWriter(tmp_path).plan(key(), {**PARAMS, "learning_rate": 0.05}, DISTRIBUTIONS, SEEDS)
+    (record,) = read_trials(tmp_path)
+    assert record.params == PARAMS
+
+
+def test_a_journal_cut_at_any_byte_reads_and_loses_its_unfinished_entry_only(tmp_path: Path) -> None:
+    write_everything(tmp_path)
+    content = (tmp_path / JOURNAL).read_bytes()
+    for length in range(len(content) + 1):
+        (tmp_path / JOURNAL).write_bytes(content[:length])
+        before = read_trials(tmp_path)  # a reader may come before the driver is back
+        mend_torn_tail(tmp_path / JOURNAL)
+        assert (tmp_path / JOURNAL).read_bytes() == content[: content.rfind(b"\n", 0, length) + 1]
+        assert read_trials(tmp_path) == before
+
+
+def test_a_journal_cut_inside_any_entry_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    expected = write_everything(tmp_path / "whole")
+    lines = (tmp_path / "whole" / JOURNAL).read_bytes().splitlines(keepends=True)
+    assert len(lines) > 10
+    for entry, line in enumerate(lines):
+        run = tmp_path / str(entry)
+        run.mkdir()
+        (run / JOURNAL).write_bytes(b"".join(lines[:entry]) + line[: len(line) // 2])
+        assert write_everything(run) == expected, f"cut inside {line!r}"
+
+
+def test_an_arm_gets_the_attributes_that_a_kill_kept_from_it(tmp_path: Path) -> None:
+    JournalWriter(tmp_path).add_arm(ARM, {"ranked": True, "note": "n"})
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_bytes(lines[0])
+    JournalWriter(tmp_path).add_arm(ARM, {"ranked": True, "note": "n"})
+    assert len((tmp_path / JOURNAL).read_bytes().splitlines()) == len(lines)
+
+
+def test_a_trial_killed_while_it_was_closed_counts_as_open_and_can_be_closed(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    end(journal, plan(journal))
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines[:-1]))  # all but the state
+    (record,) = read_trials(tmp_path)
+    assert (record.state, record.reason) == ("RUNNING", None)
+    end(JournalWriter(tmp_path), key(), Reason.TIMED_OUT, value=None)
+    (record,) = read_trials(tmp_path)
+    assert record.reason is Reason.TIMED_OUT
+
+
+def test_only_an_unfinished_line_is_dropped_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / JOURNAL
+    mend_torn_tail(path)  # nothing there, nothing made
+    assert not path.exists()
+    path.write_bytes(b'{"a":1}\n')
+    mend_torn_tail(path)
+    assert caplog.records == []
+    path.write_bytes(b'{"a":1}\n{"b"')
+    mend_torn_tail(path)
+    assert path.read_bytes() == b'{"a":1}\n'
+    assert "dropped an unfinished last entry of 4 bytes" in caplog.text
+
+
+def test_a_reader_sees_each_step_of_an_open_writer(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    assert read_trials(tmp_path) == []
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    assert [record.state for record in read_trials(tmp_path)] == ["WAITING"]
+    journal.start(trial)
+    journal.record_rung(trial, 3, 0.5)
+    assert [record.rungs for record in read_trials(tmp_path)] == [{3: 0.5}]
+    end(journal, trial)
+    assert [record.reason for record in read_trials(tmp_path)] == [Reason.FINISHED]
+
+
+def test_a_rung_measured_again_holds_the_last_value(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    journal.start(trial)
+    journal.record_rung(trial, 3, 0.5)
+    journal.record_rung(trial, 3, 0.4)
+    (record,) = read_trials(tmp_path)
+    assert record.rungs == {3: 0.4}
+
+
+def test_no_journal_is_an_error_and_none_is_made(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no journal here, allowed: a run directory"):
+        read_trials(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_writes_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = write_everything(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path, *tmp_path.iterdir())}
+    plain_open, plain_os_open = builtins.open, os.open
+
+    def read_only_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise PermissionError(file)
+        return plain_open(file, mode, *args, **kwargs)
+
+    def read_only_os_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(path)
+        return plain_os_open(path, flags, *args, **kwargs)
+
+    # a write-protected folder would not stop the superuser, whom containers often run tests as
+    monkeypatch.setattr(builtins, "open", read_only_open)
+    monkeypatch.setattr(os, "open", read_only_os_open)
+    assert read_trials(tmp_path) == expected
+    monkeypatch.undo()
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path, *tmp_path.iterdir())} == before
+
+
+def test_trials_are_listed_arm_by_arm_in_the_order_of_their_planning(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    arms = ["ethanol/lamb", "ethanol/adamw"]
+    for arm in arms:
+        journal.add_arm(arm, {})
+    for index in (2, 0, 1):
+        for arm in arms:
+            trial = replace(key(index), optimizer=arm.split("/")[1])
+            journal.plan(trial, PARAMS, DISTRIBUTIONS, SEEDS)
+    assert [(t.key.arm, t.key.config_index) for t in read_trials(tmp_path)] == [
+        (arm, index) for arm in arms for index in (2, 0, 1)
+    ]

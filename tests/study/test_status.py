@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunebench.study.errors import RunError
+from tunebench.study.journal import JournalWriter
+from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.study.status import explain_trial, run_status
+
+LEDGER = {"steps": 9, "wall_s": 3.0, "device_s": 1.5, "attempts": 2}
+GROUPS = [{"rule": "muon", "share": 0.25}, {"rule": "adamw", "share": 0.75}]
+
+
+def key(config_index: int, stage: Stage = Stage.TUNE) -> TrialKey:
+    return TrialKey(workload="ethanol", optimizer="muon", stage=stage, config_index=config_index, seed_index=0)
+
+
+def end(journal: JournalWriter, trial: TrialKey, reason: Reason, value: float | None, **detail: Any) -> None:
+    journal.finish(trial, reason, value=value, detail=detail, ledger=LEDGER, result={})
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> JournalWriter:
+    """A tune stage of five trials: finished, stopped, diverged, running, waiting."""
+    writer = JournalWriter(tmp_path)
+    writer.add_arm("ethanol/muon", {})
+    for index in range(5):
+        writer.plan(key(index), {}, {}, {})
+    writer.start(key(0), GROUPS)
+    writer.record_rung(key(0), 3, 0.5)
+    end(writer, key(0), Reason.FINISHED, 0.25)
+    end(writer, key(1), Reason.STOPPED_ASHA, 0.5, rung=3, cutoff=0.375, value=0.5, recorded=3)
+    end(writer, key(2), Reason.DIVERGED, None, message="training loss inf at step 2")
+    writer.start(key(3))
+    return writer
+
+
+def test_status_counts_every_trial_once(tmp_path: Path, journal: JournalWriter) -> None:
+    status = run_status(tmp_path)
+    (arm,) = status["arms"]
+    assert (arm["arm"], arm["stage"], arm["planned"]) == ("ethanol/muon", "tune", 5)
+    assert (arm["waiting"], arm["running"]) == (1, 1)
+    assert (arm["FINISHED"], arm["STOPPED_ASHA"], arm["DIVERGED"], arm["CRASHED"], arm["failed"]) == (1, 1, 1, 0, 1)
+    assert arm["best_objective"] == 0.25
+    assert status["trials"] == 5
+    assert status["device_s"] == 3 * 1.5
+
+
+def test_a_run_is_finished_when_its_confirm_stage_is(tmp_path: Path, journal: JournalWriter) -> None:
+    end(journal, key(3), Reason.CRASHED, None, message="m")
+    end(journal, key(4), Reason.FINISHED, 0.5)
+    assert run_status(tmp_path)["finished"] is False  # the confirm stage is still to come
+    journal.plan(key(0, Stage.CONFIRM), {}, {}, {})
+    status = run_status(tmp_path)
+    assert status["finished"] is False
+    assert [arm["stage"] for arm in status["arms"]] == ["tune", "confirm"]
+    end(journal, key(0, Stage.CONFIRM), Reason.FINISHED, 0.25)
+    assert run_status(tmp_path)["finished"] is True
+
+
+def test_an_arm_where_nothing_worked_has_no_best(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    writer.add_arm("ethanol/muon", {})
+    writer.plan(key(0), {}, {}, {})
+    end(writer, key(0), Reason.DIVERGED, None, message="m")
+    assert run_status(tmp_path)["arms"][0]["best_objective"] is None
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (0, "ethanol.muon.tune.c000.s0: finished its horizon with objective 0.25"),
+        (
+            1,
+            "ethanol.muon.tune.c001.s0: stopped at rung 3: objective 0.5 is above the cutoff 0.375 "
+            "of the 3 trials of its arm seen there",
+        ),
+        (2, "ethanol.muon.tune.c002.s0: ended as DIVERGED: training loss inf at step 2"),
+        (3, "ethanol.muon.tune.c003.s0: has not ended; it runs"),
+        (4, "ethanol.muon.tune.c004.s0: has not ended; it waits"),
+    ],
+)
+def test_a_trial_is_explained_in_a_sentence(tmp_path: Path, journal: JournalWriter, index: int, sentence: str) -> None:
+    assert explain_trial(tmp_path, key(index).trial_id)["text"].splitlines()[0] == sentence
+
+
+def test_an_explanation_holds_rungs_rules_and_work(tmp_path: Path, journal: JournalWriter) -> None:
+    lines = explain_trial(tmp_path, key(0).trial_id)["text"].splitlines()
+    assert "rungs: 0.5 at step 3" in lines
+    assert "update rules: muon 25.0 % of the weights, adamw 75.0 % of the weights" in lines
+    assert "work: 9 steps, 1.5 device-seconds, 2 attempt(s)" in lines
+
+
+def test_a_horizon_reached_without_a_finite_objective_is_explained(tmp_path: Path, journal: JournalWriter) -> None:
+    end(journal, key(4), Reason.FINISHED, None)
+    assert "with an objective that is not finite" in explain_trial(tmp_path, key(4).trial_id)["text"]
+
+
+def test_a_value_that_was_not_finite_at_a_rung_is_explained_so(tmp_path: Path, journal: JournalWriter) -> None:
+    end(journal, key(4), Reason.STOPPED_ASHA, None, rung=3, cutoff=0.375, value=float("nan"), recorded=3)
+    text = explain_trial(tmp_path, key(4).trial_id)["text"]
+    assert "stopped at rung 3: its objective nan is not finite" in text
+
+
+def test_the_beginning_of_a_trial_id_is_enough_where_it_is_the_only_one(tmp_path: Path, journal: JournalWriter) -> None:
+    assert explain_trial(tmp_path, "ethanol.muon.tune.c003")["trial"] == key(3).trial_id
+
+
+@pytest.mark.parametrize(("name", "count"), [("no-such", 0), ("ethanol.muon", 5)])
+def test_another_name_is_answered_with_trial_ids(
+    tmp_path: Path, journal: JournalWriter, name: str, count: int
+) -> None:
+    with pytest.raises(RunError, match=rf"trial '{name}' names {count} trials, allowed: one trial id, such as ethanol"):
+        explain_trial(tmp_path, name)
+
+
+def test_a_folder_without_a_journal_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no journal here"):
+        run_status(tmp_path)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tunebench.study.journal import read_trials
+from tunebench.study.record import TrialRecord
+
+COMMAND = [str(Path(sys.executable).parent / "tunebench")]
+
+STUDY: dict[str, Any] = {
+    "name": "small",
+    "seed": 5,
+    "workloads": [
+        {
+            "name": "ethanol",
+            "data": {
+                "source": "xtb",
+                "system": "ethanol",
+                "ood_temperature_kelvin": 600.0,
+                "equilibration_fs": 25.0,
+                "interval_fs": 10.0,
+                "frames": {"train": 10, "val": 4, "test": 4, "ood": 3},
+            },
+            "model": {"family": "allegro", "r_max_angstrom": 4.0},
+            "batch_size": 2,
+            "max_steps": 12,
+            "evaluate_every_steps": 3,
+        }
+    ],
+    "optimizers": ["adamw", "soap"],
+    "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 3, "reduction_factor": 2}},
+    "confirm": {"top_k": 1, "seeds": 2},
+}
+TRIALS = 2 * 3 + 2 * 2
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """A study that trains ten trials of a tiny Allegro; top-level sections are replaced by `changes`."""
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **changes}))
+    return file
+
+
+def tunebench(*arguments: str | Path, timeout: float = 600.0, check: bool = True, **environment: str) -> Any:
+    """Run the installed command to its end."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def killed(arguments: list[str | Path], when: Callable[[], bool], how: signal.Signals, timeout: float = 300.0) -> int:
+    """Start the command in a process group of its own, signal its driver once `when()` holds; returns its exit code."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        began = time.monotonic()
+        while not when():
+            assert process.poll() is None, f"the command ended with {process.returncode} before it could be killed"
+            assert time.monotonic() - began < timeout, "the moment to kill never came"
+            time.sleep(0.05)
+        process.send_signal(how)
+        return process.wait(timeout=120)
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def ended(run: Path) -> Mapping[str, TrialRecord]:
+    """Closed trials of a run by id; empty where there is no journal yet."""
+    try:
+        return {trial.key.trial_id: trial for trial in read_trials(run) if trial.reason is not None}
+    except FileNotFoundError:
+        return {}
+
+
+def ranking_of(run: Path) -> dict[str, Any]:
+    """The run's ranking.json."""
+    content: dict[str, Any] = json.loads((run / "report" / "ranking.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study run to its end by the installed command."""
+    folder = tmp_path_factory.mktemp("finished")
+    tunebench("run", write_study(folder), "--run", folder / "run")
+    return folder / "run"

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.tuning.conftest import TRIALS, ended, killed, ranking_of, tunebench, write_study
+from tunebench.study.journal import read_trials
+from tunebench.study.record import CHECKPOINTS, CURVES, Reason, Stage
+
+
+def test_a_study_runs_from_its_file_to_a_report(finished_run: Path):
+    trials = read_trials(finished_run)
+    assert len(trials) == TRIALS
+    assert {trial.reason for trial in trials} <= {Reason.FINISHED, Reason.STOPPED_ASHA}
+    assert (finished_run / "report" / "index.html").stat().st_size > 10_000
+    assert ranking_of(finished_run)["finished"] is True
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert environment["packages"]["nequip"]
+    assert list(environment["data"]) == ["ethanol"]
+
+
+def test_every_trial_has_a_curve_that_agrees_with_its_journal_entry(finished_run: Path):
+    for trial in read_trials(finished_run):
+        curve = pd.read_parquet(finished_run / CURVES / f"{trial.key.trial_id}.parquet")
+        assert curve.step.max() == trial.ledger["steps"]
+        last = curve[(curve.step == curve.step.max()) & (curve.split == "val")]
+        measured = {
+            (row.readout, row.metric): row.value for row in last.itertuples() if row.metric == "forces_mae"
+        }
+        assert measured == {
+            (readout, "forces_mae"): metrics["forces_mae"] for readout, metrics in trial.result["val"].items()
+        }
+        for step, objective in trial.rungs.items():
+            at_rung = curve[(curve.step == step) & (curve.metric == "objective")]
+            assert at_rung.value.min() == objective
+
+
+def test_the_ranking_agrees_with_the_journal_trial_by_trial(finished_run: Path):
+    trials = [trial for trial in read_trials(finished_run) if trial.key.stage is Stage.CONFIRM]
+    (workload,) = ranking_of(finished_run)["workloads"]
+    for arm in workload["arms"]:
+        of_arm = [trial for trial in trials if trial.key.optimizer == arm["optimizer"]]
+        assert arm["n_seeds"] == len(of_arm) == 2
+        for error in arm["errors"]:
+            if error["readout"] == "raw":
+                split, metric = error["split"], error["metric"]
+                assert list(error["values"].values()) == [t.result[split]["raw"][metric] for t in of_arm]
+        assert {error["split"] for error in arm["errors"]} == {"test", "ood:hot"}
+
+
+def test_arms_share_seeds_and_the_points_of_shared_parameters(finished_run: Path):
+    trials = read_trials(finished_run)
+    for index in range(3):
+        rates = {t.params["learning_rate"] for t in trials if t.key.config_index == index and t.key.stage is Stage.TUNE}
+        assert len(rates) == 1
+    for seed_index in range(2):
+        confirmed = [t for t in trials if t.key.stage is Stage.CONFIRM and t.key.seed_index == seed_index]
+        assert len({json.dumps(trial.seeds, sort_keys=True) for trial in confirmed}) == 1
+    assert len({json.dumps(t.seeds, sort_keys=True) for t in trials}) == 3
+
+
+def test_asha_stops_inside_each_arm_and_keeps_its_reasons(finished_run: Path):
+    stopped = [trial for trial in read_trials(finished_run) if trial.reason is Reason.STOPPED_ASHA]
+    assert Counter(trial.key.optimizer for trial in stopped).keys() <= {"adamw", "soap"}
+    assert stopped, "three trials per arm and a factor of two leave at least one behind"
+    for trial in stopped:
+        assert trial.detail["value"] > trial.detail["cutoff"]
+        assert trial.detail["rung"] == trial.ledger["steps"]
+        assert trial.state == "PRUNED"
+
+
+def test_checkpoints_are_kept_for_the_confirm_stage_only(finished_run: Path):
+    kept = {folder.name for folder in (finished_run / CHECKPOINTS).iterdir()}
+    confirmed = {t.key.trial_id for t in read_trials(finished_run) if t.key.stage is Stage.CONFIRM}
+    assert kept == confirmed
+
+
+def test_a_second_start_repeats_nothing(finished_run: Path):
+    journal = (finished_run / "journal.log").read_bytes()
+    done = tunebench("run", finished_run, "--json")
+    assert json.loads(done.stdout)["trials"] == TRIALS
+    assert (finished_run / "journal.log").read_bytes() == journal
+
+
+def test_a_driver_killed_in_the_tune_stage_goes_on_without_repeating_finished_trials(tmp_path: Path):
+    study, run = write_study(tmp_path), tmp_path / "run"
+    code = killed(["run", study, "--run", run], lambda: len(ended(run)) >= 2, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    before = ended(run)
+    assert 2 <= len(before) < TRIALS
+
+    tunebench("run", study, "--run", run)
+    after = ended(run)
+    assert len(after) == TRIALS
+    for trial_id, trial in before.items():
+        assert after[trial_id] == trial
+    assert ranking_of(run)["finished"] is True
+
+
+def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path):
+    study, run = write_study(tmp_path), tmp_path / "run"
+    assert killed(["run", study, "--run", run], lambda: len(ended(run)) >= 1, signal.SIGINT) == 130
+    unfinished = json.loads(tunebench("status", run, "--json").stdout)
+    assert unfinished["finished"] is False
+    tunebench("report", run)
+    assert ranking_of(run)["finished"] is False
+    tunebench("run", run, "--no-report")
+    assert len(ended(run)) == TRIALS
+
+
+def test_a_trial_whose_process_always_dies_is_recorded_as_crashed_and_the_study_goes_on(tmp_path: Path):
+    study = write_study(tmp_path, resources={"max_failures": 1}, optimizers=["adamw"])
+    run = tmp_path / "run"
+    crash = tmp_path / "sitecustomize.py"
+    crash.write_text(
+        "import os, sys\n"
+        "if any('default_worker' in a for a in sys.argv):\n"
+        "    import tunebench.engine.curves as curves\n"
+        "    write = curves.write_curve\n"
+        "    def die(run, trial_id, rows):\n"
+        "        if trial_id.endswith('tune.c001.s0'): os._exit(1)\n"
+        "        write(run, trial_id, rows)\n"
+        "    curves.write_curve = die\n"
+    )
+    tunebench("run", study, "--run", run, PYTHONPATH=str(tmp_path))
+    trials = {trial.key.trial_id: trial for trial in read_trials(run)}
+    crashed = trials.pop("ethanol.adamw.tune.c001.s0")
+    assert crashed.reason is Reason.CRASHED
+    assert crashed.detail["message"]
+    assert all(trial.reason in (Reason.FINISHED, Reason.STOPPED_ASHA) for trial in trials.values())
+    assert len(trials) == 3 + 2 - 1
+
+
+def test_a_run_directory_of_another_study_is_refused(finished_run: Path, tmp_path: Path):
+    other = write_study(tmp_path, seed=6)
+    done = tunebench("run", other, "--run", finished_run, check=False)
+    assert done.returncode == 2
+    assert "holds study" in done.stderr
+
+
+def test_an_edited_run_directory_is_refused(finished_run: Path, tmp_path: Path):
+    edited = tmp_path / "edited"
+    shutil.copytree(finished_run, edited)
+    study = edited / "study.yaml"
+    study.write_text(study.read_text().replace("top_k: 1", "top_k: 2"))
+    done = tunebench("run", edited, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_tpe_proposes_from_the_journal_and_is_never_ranked(tmp_path: Path):
+    study = write_study(tmp_path, tune={"trials_per_arm": 3, "sampler": "tpe", "asha": None}, optimizers=["adamw"])
+    tunebench("run", study, "--run", tmp_path / "run")
+    trials = [t for t in read_trials(tmp_path / "run") if t.key.stage is Stage.TUNE]
+    assert len({trial.params["learning_rate"] for trial in trials}) == 3
+    (workload,) = ranking_of(tmp_path / "run")["workloads"]
+    assert workload["decision"]["verdict"] == "exploratory"
+    assert all(arm["rank"] is None for arm in workload["arms"])
+
+
+@pytest.mark.parametrize("fraction", [0.5])
+def test_several_trials_share_a_gpu_by_fractions(tmp_path: Path, fraction: float):
+    """Ray's bookkeeping of fractions; there is no GPU here, so the request is read back instead of run."""
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.stage import trial_resources
+
+    study = resolve(write_study(tmp_path, resources={"gpus_per_trial": fraction, "cpus_per_trial": 2.0}))
+    assert trial_resources(study.study.resources) == {"cpu": 2.0, "gpu": fraction}
