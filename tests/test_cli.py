@@ -45,7 +45,14 @@ def test_the_installed_command_reports_bad_input_without_a_traceback(tmp_path: P
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "nowhere.yaml"], ["status", "nowhere"], ["explain", "x", "nowhere"], ["report", "nowhere"], ["fly"], ["plan"]],
+    [
+        ["run", "nowhere.yaml"],
+        ["status", "nowhere"],
+        ["explain", "x", "nowhere"],
+        ["report", "nowhere"],
+        ["fly"],
+        ["plan"],
+    ],
 )
 def test_what_is_not_there_is_bad_input_in_one_line(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

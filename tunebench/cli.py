@@ -150,8 +150,8 @@ def report_command(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON-Schema of study files."""
+def schema(as_json: Json = True) -> None:
+    """Print the JSON-Schema of study files, with or without --json."""
     from tunebench.study.schema import study_schema
 
     typer.echo(json.dumps(study_schema(), indent=2))

@@ -18,16 +18,16 @@ def key(config_index: int, stage: Stage = Stage.TUNE) -> TrialKey:
     return TrialKey(workload="ethanol", optimizer="muon", stage=stage, config_index=config_index, seed_index=0)
 
 
-def end(journal: JournalWriter, trial: TrialKey, reason: Reason, value: float | None, **detail: Any) -> None:
-    journal.finish(trial, reason, value=value, detail=detail, ledger=LEDGER, result={})
+def end(journal: JournalWriter, trial: TrialKey, reason: Reason, objective: float | None, **detail: Any) -> None:
+    journal.finish(trial, reason, value=objective, detail=detail, ledger=LEDGER, result={})
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> JournalWriter:
-    """A tune stage of five trials: finished, stopped, diverged, running, waiting."""
+    """A tune stage of six trials: finished, stopped, diverged, running, two waiting."""
     writer = JournalWriter(tmp_path)
     writer.add_arm("ethanol/muon", {})
-    for index in range(5):
+    for index in range(6):
         writer.plan(key(index), {}, {}, {})
     writer.start(key(0), GROUPS)
     writer.record_rung(key(0), 3, 0.5)
@@ -41,17 +41,18 @@ def journal(tmp_path: Path) -> JournalWriter:
 def test_status_counts_every_trial_once(tmp_path: Path, journal: JournalWriter) -> None:
     status = run_status(tmp_path)
     (arm,) = status["arms"]
-    assert (arm["arm"], arm["stage"], arm["planned"]) == ("ethanol/muon", "tune", 5)
-    assert (arm["waiting"], arm["running"]) == (1, 1)
+    assert (arm["arm"], arm["stage"], arm["planned"]) == ("ethanol/muon", "tune", 6)
+    assert (arm["waiting"], arm["running"]) == (2, 1)
     assert (arm["FINISHED"], arm["STOPPED_ASHA"], arm["DIVERGED"], arm["CRASHED"], arm["failed"]) == (1, 1, 1, 0, 1)
     assert arm["best_objective"] == 0.25
-    assert status["trials"] == 5
+    assert status["trials"] == 6
     assert status["device_s"] == 3 * 1.5
 
 
 def test_a_run_is_finished_when_its_confirm_stage_is(tmp_path: Path, journal: JournalWriter) -> None:
     end(journal, key(3), Reason.CRASHED, None, message="m")
     end(journal, key(4), Reason.FINISHED, 0.5)
+    end(journal, key(5), Reason.FINISHED, 0.5)
     assert run_status(tmp_path)["finished"] is False  # the confirm stage is still to come
     journal.plan(key(0, Stage.CONFIRM), {}, {}, {})
     status = run_status(tmp_path)
@@ -109,10 +110,8 @@ def test_the_beginning_of_a_trial_id_is_enough_where_it_is_the_only_one(tmp_path
     assert explain_trial(tmp_path, "ethanol.muon.tune.c003")["trial"] == key(3).trial_id
 
 
-@pytest.mark.parametrize(("name", "count"), [("no-such", 0), ("ethanol.muon", 5)])
-def test_another_name_is_answered_with_trial_ids(
-    tmp_path: Path, journal: JournalWriter, name: str, count: int
-) -> None:
+@pytest.mark.parametrize(("name", "count"), [("no-such", 0), ("ethanol.muon", 6)])
+def test_another_name_is_answered_with_trial_ids(tmp_path: Path, journal: JournalWriter, name: str, count: int) -> None:
     with pytest.raises(RunError, match=rf"trial '{name}' names {count} trials, allowed: one trial id, such as ethanol"):
         explain_trial(tmp_path, name)
 

@@ -30,9 +30,7 @@ def test_every_trial_has_a_curve_that_agrees_with_its_journal_entry(finished_run
         curve = pd.read_parquet(finished_run / CURVES / f"{trial.key.trial_id}.parquet")
         assert curve.step.max() == trial.ledger["steps"]
         last = curve[(curve.step == curve.step.max()) & (curve.split == "val")]
-        measured = {
-            (row.readout, row.metric): row.value for row in last.itertuples() if row.metric == "forces_mae"
-        }
+        measured = {(row.readout, row.metric): row.value for row in last.itertuples() if row.metric == "forces_mae"}
         assert measured == {
             (readout, "forces_mae"): metrics["forces_mae"] for readout, metrics in trial.result["val"].items()
         }

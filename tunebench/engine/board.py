@@ -6,9 +6,11 @@ hyperparameters when it starts, its scalars on the true step axis, and its statu
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -30,8 +32,12 @@ def write_experiment(run: Path, hyperparameters: Iterable[str]) -> None:
         return
     columns = [hp.HParam(name) for name in ("workload", "optimizer", "stage", "seed_index", *sorted(hyperparameters))]
     metrics = [hp.Metric(FINAL_OBJECTIVE_TAG, display_name="final objective"), hp.Metric(OBJECTIVE_TAG)]
-    with SummaryWriter(str(folder)) as writer:
-        _add_summary(writer, hp.hparams_config_pb(hparams=columns, metrics=metrics))
+    with TemporaryDirectory(dir=run) as building:  # moved as a whole: a kill leaves no experiment without columns
+        with SummaryWriter(building) as writer:
+            _add_summary(writer, hp.hparams_config_pb(hparams=columns, metrics=metrics))
+        (events,) = Path(building).iterdir()
+        folder.mkdir(exist_ok=True)
+        events.replace(folder / events.name)
 
 
 class TrialBoard:
@@ -68,8 +74,8 @@ class TrialBoard:
         self._writer.flush()
 
     def close(self, last: Evaluation | None, reason: Reason) -> None:
-        """Write the final metric and the session's end."""
-        if last is not None:
+        """Write the final metric, where there is one, and the session's end."""
+        if last is not None and math.isfinite(last.objective):
             self._writer.add_scalar(FINAL_OBJECTIVE_TAG, last.objective, last.step)
         ended_well = reason in (Reason.FINISHED, Reason.STOPPED_ASHA)
         status = api_pb2.STATUS_SUCCESS if ended_well else api_pb2.STATUS_FAILURE

@@ -20,6 +20,7 @@ from tunebench.engine.task import Seeds, TrialTask
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import Readout, Split, Stage
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.spec import StudyError
 from tunebench.workloads.data import PreparedData
 from tunebench.workloads.frames import PreparedFrames
 from tunebench.workloads.models import build_model
@@ -32,12 +33,16 @@ def step_seconds(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> d
     """Median seconds of a step (data, forward, backward, update) by arm name, without evaluation.
 
     Runs on the device the study asks for, one arm after the other.
+
+    Raises:
+        StudyError: the study asks for a GPU and there is none.
     """
+    if resolved.study.resources.gpus_per_trial > 0 and not torch.cuda.is_available():
+        allowed = "0 on a machine without a GPU, or a plan without measuring (--no-measure)"
+        raise StudyError(resolved.file, "resources.gpus_per_trial", resolved.study.resources.gpus_per_trial, allowed)
     set_global_state()
     torch.set_num_threads(max(int(resolved.study.resources.cpus_per_trial), 1))
-    return {
-        arm.name: _measure(untuned_task(resolved, arm, data[arm.workload.name])) for arm in plan_arms(resolved)
-    }
+    return {arm.name: _measure(untuned_task(resolved, arm, data[arm.workload.name])) for arm in plan_arms(resolved)}
 
 
 def untuned_task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData) -> TrialTask:

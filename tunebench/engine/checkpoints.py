@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from tunebench.study.record import CHECKPOINTS
+
+_log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 FINAL = "final.ckpt"
@@ -37,5 +40,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def drop_checkpoints(run: Path, trial_id: str) -> None:
-    """Delete what a finished trial no longer needs."""
-    shutil.rmtree(checkpoint_folder(run, trial_id), ignore_errors=True)
+    """Delete what a finished trial no longer needs; what cannot be deleted stays, with a line in the log."""
+    try:
+        shutil.rmtree(checkpoint_folder(run, trial_id))
+    except FileNotFoundError:
+        return  # it ended before its first checkpoint
+    except OSError as error:
+        _log.warning("%s: checkpoints stay: %s", trial_id, error)

@@ -48,6 +48,15 @@ class EMAModule(QuietSteps, EMALightningModule):  # type: ignore[misc]
 class ScheduleFreeModule(QuietSteps, ScheduleFreeLightningModule):  # type: ignore[misc]
     """NequIP's module for schedule-free optimizers."""
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the schedule out of NequIP's checkpoint.
+
+        nequip 0.19.1 rebuilds the optimizer to read out its averaged weights, and fails where `configure_optimizers`
+        also returns a scheduler.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "lr_scheduler": None}
+
 
 def build_module(
     config: dict[str, Any], weights: LossWeights, averaged: Readout, info: dict[str, Any] | None = None

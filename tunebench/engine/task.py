@@ -49,6 +49,14 @@ class TrialTask:
     threads: int = 1
     time_limit_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a trial that would not be measured at its horizon."""
+        if self.evaluation_steps[-1:] != (self.workload.max_steps,):
+            raise ValueError(
+                f"evaluation_steps: found {self.evaluation_steps}, allowed: ascending and ending at the horizon, "
+                f"{self.workload.max_steps}"
+            )
+
     @property
     def final_splits(self) -> tuple[str, ...]:
         """Splits opened once, at the horizon: test and out-of-distribution in the confirm stage, none before."""

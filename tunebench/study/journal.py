@@ -46,6 +46,9 @@ class JournalWriter:
 
     def __init__(self, run: Path) -> None:
         path = run / JOURNAL
+        # A driver killed while it wrote leaves Optuna's lock, which Optuna would wait out for 30 s. The run's own lock
+        # lets one driver in at a time and goes with its process, so what lies here is stale.
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         mend_torn_tail(path)
         self._storage = _open(path)
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}

@@ -22,9 +22,10 @@ def run_status(run: Path) -> dict[str, Any]:
     trials = read_trials(run)
     arms = list(dict.fromkeys((trial.key.arm, trial.key.stage) for trial in trials))
     confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
+    hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
     return {
         "run": str(run),
-        "finished": confirmed and all(trial.reason is not None for trial in trials),
+        "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
         "trials": len(trials),
         "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
         "arms": [_counts([t for t in trials if (t.key.arm, t.key.stage) == arm]) for arm in arms],
@@ -58,7 +59,7 @@ def explain_trial(run: Path, name: str) -> dict[str, Any]:
 
 
 def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
-    values = [trial.value for trial in trials if trial.value is not None and trial.reason in _GOOD]
+    values = [trial.value for trial in trials if trial.value is not None]  # failed ones have none
     return {
         "arm": trials[0].key.arm,
         "stage": trials[0].key.stage.value,

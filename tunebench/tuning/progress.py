@@ -20,11 +20,21 @@ _LINE_EVERY_S = 10.0
 @dataclass
 class _ArmCount:
     planned: int = 0
-    finished: int = 0
-    stopped: int = 0
-    failed: int = 0
     best: float | None = None
     running: set[str] = field(default_factory=set)
+    ended: dict[str, Reason] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> int:
+        return sum(reason is Reason.FINISHED for reason in self.ended.values())
+
+    @property
+    def stopped(self) -> int:
+        return sum(reason is Reason.STOPPED_ASHA for reason in self.ended.values())
+
+    @property
+    def failed(self) -> int:
+        return len(self.ended) - self.finished - self.stopped
 
 
 class Progress:
@@ -57,7 +67,7 @@ class Progress:
         arm = self._arms.setdefault(key.arm, _ArmCount())
         arm.planned += 1
         if reason is not None:
-            self._end(arm, reason)
+            arm.ended[key.trial_id] = reason
             self._better(arm, value)
 
     def started(self, key: TrialKey) -> None:
@@ -71,19 +81,11 @@ class Progress:
         self._show()
 
     def finished(self, key: TrialKey, reason: Reason) -> None:
-        """Count a trial that ended."""
+        """Count a trial that ended; it ends once, though its process may fail after that."""
         arm = self._arms[key.arm]
         arm.running.discard(key.trial_id)
-        self._end(arm, reason)
+        arm.ended.setdefault(key.trial_id, reason)
         self._show()
-
-    def _end(self, arm: _ArmCount, reason: Reason) -> None:
-        if reason is Reason.FINISHED:
-            arm.finished += 1
-        elif reason is Reason.STOPPED_ASHA:
-            arm.stopped += 1
-        else:
-            arm.failed += 1
 
     def _better(self, arm: _ArmCount, value: float | None) -> None:
         if value is not None and math.isfinite(value) and (arm.best is None or value < arm.best):
@@ -95,7 +97,7 @@ class Progress:
 
     def _line(self) -> None:
         arms = self._arms.values()
-        done = sum(a.finished + a.stopped + a.failed for a in arms)
+        done = sum(len(a.ended) for a in arms)
         self._printed = time.monotonic()
         self._console.print(
             f"{self._stage} stage: {done} of {sum(a.planned for a in arms)} trials ended "

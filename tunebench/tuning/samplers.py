@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 from tunebench.study.record import Reason, TrialRecord
 from tunebench.study.search_space import SearchSpace
 
+_STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 _LEADING = ("learning_rate", "weight_decay")  # the best distributed dimensions of a Sobol sequence are its first
 
 
@@ -39,8 +40,6 @@ def sobol_points(spaces: Iterable[SearchSpace], count: int, seed: int) -> list[d
     """
     names = {name for space in spaces for name in space.parameters}
     ordered = [n for n in _LEADING if n in names] + sorted(names.difference(_LEADING))
-    if not ordered:
-        return [{} for _ in range(count)]
     study = optuna.create_study(sampler=_CubeSobol(ordered, seed))
     points = []
     for _ in range(count):
@@ -67,9 +66,9 @@ def tpe_configurations(
         sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
     for record in history:
-        if record.reason is None or record.value is None:
+        if record.reason not in _STATES or record.value is None:
             continue
-        state = TrialState.COMPLETE if record.reason is Reason.FINISHED else TrialState.PRUNED
+        state = _STATES[record.reason]
         study.add_trial(
             create_trial(
                 state=state,

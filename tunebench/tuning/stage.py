@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tunebench.engine.board import write_experiment
 from tunebench.engine.task import TrialTask
+from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Stage, TrialRecord
@@ -57,6 +58,7 @@ def run_stage(
     recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress)
     storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
+    check_fit(study.resources, waits=options.address is not None, console=console)
     with progress:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(train_trial, tasks=dict(tasks)), trial_resources(study.resources)),
@@ -109,6 +111,25 @@ def join_ray(address: str | None, resources: Resources, run: Path) -> None:
         runtime_env=environment,
         configure_logging=False,
     )
+
+
+def check_fit(resources: Resources, *, waits: bool, console: Console) -> None:
+    """Look for a node with room for one trial.
+
+    A cluster may still grow, so there (`waits`) it is a warning.
+
+    Raises:
+        RunError: this machine has no room and never will.
+    """
+    wanted = trial_resources(resources)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if any(all(node.get(name.upper(), 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return
+    found = "; ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
+    allowed = f"a node with {wanted['cpu']:g} CPUs and {wanted['gpu']:g} GPUs for one trial (resources)"
+    if not waits:
+        raise RunError(f"this machine: found {found}, allowed: {allowed}")
+    console.print(f"waiting for {allowed}; the cluster has {found}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _quiet(run: Path) -> None:

@@ -127,7 +127,7 @@ def load_prepared(folder: Path) -> PreparedData:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WorkloadError("data", f"{folder} ({error})", "a folder made by `tunebench data prepare`") from error
+        raise WorkloadError("data", f"{folder} ({error})", "a folder made by `tunebench data make`") from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
         found = f"{folder}: schema_version {manifest.get('schema_version')}"
         raise WorkloadError("data", found, f"schema_version {SCHEMA_VERSION}")

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunebench.study.journal import read_trials
+from tunebench.study.record import TENSORBOARD, Stage
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Server:
+    """A real TensorBoard over a run, read through its HTTP interface."""
+
+    def __init__(self, port: int) -> None:
+        self._address = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self._address}/data/{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"{self._address}/data/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def ready(self, runs: int) -> bool:
+        try:
+            return len(self.get("runs")) >= runs
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def server(finished_run: Path) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(finished_run / TENSORBOARD)]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        server, began = Server(port), time.monotonic()
+        while not server.ready(len(read_trials(finished_run)) + 1):
+            assert process.poll() is None, "TensorBoard ended"
+            assert time.monotonic() - began < 120, "TensorBoard did not show every trial"
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_scalars_stand_on_the_true_step_axis(server: Server, finished_run: Path):
+    trial = next(t for t in read_trials(finished_run) if t.key.stage is Stage.CONFIRM)
+    points = server.get(f"plugin/scalars/scalars?run={trial.key.trial_id}&tag=val/forces_mae/raw")
+    assert [step for _, step, _ in points] == [3, 6, 9, 12]
+    assert points[-1][2] == pytest.approx(trial.result["val"]["raw"]["forces_mae"], rel=1e-6)
+
+
+def test_the_hparams_tab_compares_all_trials(server: Server, finished_run: Path):
+    trials = {trial.key.trial_id: trial for trial in read_trials(finished_run)}
+    sessions = hparams_sessions(server)
+    assert sessions.keys() == trials.keys()
+    for trial_id, session in sessions.items():
+        trial = trials[trial_id]
+        assert session["hparams"]["learning_rate"] == pytest.approx(trial.params["learning_rate"], rel=1e-6)
+        assert session["hparams"]["optimizer"] == trial.key.optimizer
+        assert session["hparams"]["stage"] == trial.key.stage.value
+        assert session["metrics"]["final/objective"] == pytest.approx(trial.value, rel=1e-6)
+        assert session["step"] == trial.ledger["steps"]
+
+
+def test_the_hparams_tab_lists_the_parameters_of_every_arm(server: Server, finished_run: Path):
+    columns = {info["name"] for info in server.post("plugin/hparams/experiment", {})["hparamInfos"]}
+    searched = {name for trial in read_trials(finished_run) for name in trial.params}
+    assert searched | {"workload", "optimizer", "stage", "seed_index"} <= columns
+    assert "precondition_frequency" in columns
+
+
+def hparams_sessions(server: Server) -> dict[str, dict[str, Any]]:
+    """Hyperparameters and last metrics of every session by trial id."""
+    request = {"startIndex": 0, "sliceSize": 1000, "aggregationType": "AGGREGATION_AVG"}
+    request["allowedStatuses"] = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
+    groups = server.post("plugin/hparams/session_groups", request)["sessionGroups"]
+    found = {}
+    for group in groups:
+        for session in group["sessions"]:
+            metrics = {m["name"]["tag"]: m for m in session["metricValues"]}
+            found[session["name"]] = {
+                "hparams": group["hparams"],
+                "metrics": {tag: metric["value"] for tag, metric in metrics.items()},
+                "step": metrics["final/objective"]["trainingStep"],
+            }
+    return found
