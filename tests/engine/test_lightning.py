@@ -90,7 +90,7 @@ def test_schedule_free_reads_out_its_own_average(make_task: MakeTask):
 
 def test_training_lowers_the_loss(make_task: MakeTask):
     reports, _, _ = trained(make_task(steps=100, evaluation_steps=(20, 80, 100), learning_rate=1e-2))
-    assert reports[-1].train_loss < 0.3 * reports[0].train_loss
+    assert reports[-1].train_loss < 0.5 * reports[0].train_loss
 
 
 def test_only_the_confirm_stage_opens_the_test_splits_and_only_at_the_horizon(make_task: MakeTask):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import checkpoint_folder, save_checkpoint
 from tunebench.engine.task import Evaluation
+from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
 from tunebench.tuning.asha import PerArmAsha
@@ -158,6 +160,13 @@ def test_a_long_message_is_cut_and_a_crash_keeps_the_work_it_had_done(driver: Dr
     record = driver.record(key())
     assert record.detail["message"] == "x" * 500
     assert record.ledger == {"steps": 6, "wall_s": 12.0, "device_s": 6.0, "attempts": 1}
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_trial_open(driver: Driver) -> None:
+    driver.report(key(), evaluation(4, 0.5))
+    with pytest.raises(RunStopped, match="No space left on device; free some space"):
+        driver.fail(key(), wrapped(OSError(errno.ENOSPC, "No space left on device")))
+    assert driver.record(key()).reason is None
 
 
 def test_an_error_after_the_end_changes_nothing(driver: Driver) -> None:

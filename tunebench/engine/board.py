@@ -6,7 +6,6 @@ hyperparameters when it starts, its scalars on the true step axis, and its statu
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,8 +73,8 @@ class TrialBoard:
         self._writer.flush()
 
     def close(self, last: Evaluation | None, reason: Reason) -> None:
-        """Write the final metric, where there is one, and the session's end."""
-        if last is not None and math.isfinite(last.objective):
+        """Write the final metric, infinite where the trial diverged, and the session's end."""
+        if last is not None:
             self._writer.add_scalar(FINAL_OBJECTIVE_TAG, last.objective, last.step)
         ended_well = reason in (Reason.FINISHED, Reason.STOPPED_ASHA)
         status = api_pb2.STATUS_SUCCESS if ended_well else api_pb2.STATUS_FAILURE

@@ -9,3 +9,7 @@ class RunError(Exception):
 
 class Interrupted(Exception):
     """The run was interrupted; its state is kept and `tunebench run` goes on."""
+
+
+class RunStopped(Exception):
+    """The run broke off for a reason outside the study; its state is kept and `tunebench run` goes on."""

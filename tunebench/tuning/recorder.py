@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from ray.tune.experiment import Trial
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import Evaluation
+from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, Stage, TrialKey
 from tunebench.tuning.asha import Decision, PerArmAsha
@@ -71,10 +74,16 @@ class Recorder(Callback):
             self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Close a trial that failed more often than the study allows."""
+        """Close a trial that failed more often than the study allows.
+
+        Raises:
+            RunStopped: the disk is full; the trial stays open.
+        """
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error or "the trial's process died"
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
+        if os.strerror(errno.ENOSPC) in lines[-1]:  # it would close every further trial as crashed
+            raise RunStopped(f"{self._progress.run}: {lines[-1]}; free some space and run again")
         self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ The journal decides what is left to do, so a first start, a second start and a s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import shutil
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from tunebench.engine.task import Seeds, TrialTask
 from tunebench.study.environment import write_environment
-from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.errors import Interrupted, RunError, RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import JOURNAL, STUDY_HASH, Reason, Stage, TrialKey, TrialRecord
@@ -63,6 +64,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         StudyError: the data contradict the study.
         RunError: the run directory belongs to another study, is in use, or has no room.
         Interrupted: Ctrl-C; everything is kept.
+        RunStopped: the disk is full; everything is kept.
     """
     options.run.mkdir(parents=True, exist_ok=True)
     with _locked(options.run):
@@ -71,7 +73,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         if not (options.run / JOURNAL).exists():
             check_arms(resolved, data)
         run = _Run(resolved, options, data, console)
-        with leaving_ray():
+        with leaving_ray(), _stopping_where_the_disk_is_full(options.run):
             run.tune()
             run.confirm()
     return read_trials(options.run)
@@ -266,6 +268,16 @@ def _check_folder(resolved: ResolvedStudy, run: Path) -> None:
         raise RunError(
             f"{run}: {free / 2**20:.0f} MiB free on its disk, allowed: {_MIN_FREE_BYTES / 2**20:.0f} or more"
         )
+
+
+@contextmanager
+def _stopping_where_the_disk_is_full(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunStopped(f"{run}: {error.strerror}; free some space and run again") from error
 
 
 @contextmanager

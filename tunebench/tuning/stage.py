@@ -132,10 +132,15 @@ def check_fit(resources: Resources, *, waits: bool, console: Console) -> None:
     console.print(f"waiting for {allowed}; the cluster has {found}", style="yellow", highlight=False, soft_wrap=True)
 
 
+class _DriverLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: where the disk is full the run says so itself, and a log cannot."""
+
+
 def _quiet(run: Path) -> None:
     """Ray's and Tune's own messages go to logs/driver.log, not to the screen."""
     (run / LOGS).mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run / LOGS / "driver.log")
+    handler = _DriverLog(run / LOGS / "driver.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("ray", "ray.tune"):
         logger = logging.getLogger(name)
