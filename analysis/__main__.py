@@ -25,15 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = load(options.run)
         ranking = rank(run)
-        page = write_pages(run, ranking, options.out or options.run / REPORT)
+        report = write_pages(run, ranking, options.out or options.run / REPORT)
     except (RunError, StudyError, OSError) as error:
         print(" ".join(f"analysis: {error}".split()), file=sys.stderr)
         return BAD_INPUT
     if options.json:
         print(json.dumps(to_json(ranking), ensure_ascii=False, allow_nan=False))
     else:
-        print(_summary(ranking, page))
-    return CHECK_FAILED if any(check.status is Status.FAILED for check in ranking.checks) else DONE
+        print(_summary(ranking, report.page))
+    return CHECK_FAILED if report.failed_checks else DONE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,8 +15,8 @@ from analysis.selection import (
     chosen_readout,
     confirm_candidates,
     rule_shares,
-    validation_objective,
 )
+from tunebench.study.objective import objective_value
 from tunebench.study.record import CURVES, OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
 from tunebench.study.search_space import FloatParameter
 
@@ -66,6 +66,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
         integrity = (
             ("the objective agrees with the errors it is made of", _objective(run, workload)),
             ("curves end where the journal says", _curve_ends(run, workload)),
+            ("every trial was measured on the same data", _other_data(run, workload)),
             ("the test split was opened by the confirm stage only", _test_leaks(run, workload)),
             ("finished confirm trials have test errors", _no_test(run, workload)),
             ("arms share seeds (F9)", _unequal_seeds(run, workload)),
@@ -119,7 +120,7 @@ def _objective(run: Run, workload: str) -> Iterator[str]:
         if trial.value is None or readout is None:
             yield f"{trial.key.trial_id} is finished, but has no validation objective"
             continue
-        expected = validation_objective(trial.result[Split.VAL][readout], run.study.objective)
+        expected = objective_value(trial.result[Split.VAL][readout], run.study.objective)
         if not math.isclose(trial.value, expected, rel_tol=1e-6):
             yield f"{trial.key.trial_id}: journal says {trial.value:.6g}, its validation errors say {expected:.6g}"
 
@@ -139,6 +140,15 @@ def _curve_ends(run: Run, workload: str) -> Iterator[str]:
                 yield f"{trial.key.trial_id}: no {readout} validation curve"
             elif not math.isclose(recorded, drawn, rel_tol=1e-5):
                 yield f"{trial.key.trial_id}: {readout} curve ends at {drawn:.6g} eV/Å, journal says {recorded:.6g}"
+
+
+def _other_data(run: Run, workload: str) -> Iterator[str]:
+    """Trials whose data are not those of most; among equally many, the data planned first count as right."""
+    known = [(trial.key.trial_id, trial.data_hash) for trial in _workload_trials(run, workload) if trial.data_hash]
+    for most, count in Counter(data_hash for _, data_hash in known).most_common(1):
+        for trial_id, data_hash in known:
+            if data_hash != most:
+                yield f"{trial_id}: data {data_hash[:12]}, but {count} of {len(known)} have {most[:12]}"
 
 
 def _test_leaks(run: Run, workload: str) -> Iterator[str]:

@@ -157,8 +157,10 @@ def _spreads(ranking: Ranking) -> list[dict[str, str]]:
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in environment.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(place): item for place, item in enumerate(value)}
         if isinstance(value, Mapping):
-            rows += [(f"{name}.{inner}", _flat(content)) for inner, content in value.items()]
+            rows += [(f"{name}.{inner}", text) for inner, text in _environment_rows(value)]
         else:
             rows.append((name, _flat(value)))
     return rows

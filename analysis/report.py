@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.checks import Check, Status
 from analysis.figure_style import FORMATS, figure_style, save
 from analysis.load import Run, load
 from analysis.page import PageFigure, render
@@ -53,11 +55,22 @@ _FIGURES: tuple[tuple[str, _Draw, str], ...] = (
 )
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Analyse a run directory, finished or not, and write its report into ``out`` or RUN/report.
+@dataclass(frozen=True, kw_only=True)
+class ReportResult:
+    """A report that was written.
 
-    Returns:
-        Path of the page.
+    Attributes:
+        page: index.html. ranking: ranking.json, beside it.
+        failed_checks: one line per failed check with its workload and first finding; empty when all passed or warned.
+    """
+
+    page: Path
+    ranking: Path
+    failed_checks: tuple[str, ...]
+
+
+def write_report(folder: Path, out: Path | None = None) -> ReportResult:
+    """Analyse a run directory, finished or not, and write its report into ``out`` or RUN/report.
 
     Raises:
         RunError: there is no run in ``folder``, or its journal cannot be read.
@@ -68,8 +81,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     return write_pages(run, rank(run), out or folder / REPORT)
 
 
-def write_pages(run: Run, ranking: Ranking, out: Path) -> Path:
-    """Write page, figures, tables and ranking.json into a folder and return the page's path.
+def write_pages(run: Run, ranking: Ranking, out: Path) -> ReportResult:
+    """Write page, figures, tables and ranking.json of a ranked run into a folder.
 
     Raises:
         OSError: the folder cannot be written.
@@ -81,7 +94,14 @@ def write_pages(run: Run, ranking: Ranking, out: Path) -> Path:
     figures = {workload.workload: _draw(run, workload, out) for workload in ranking.workloads}
     page = out / PAGE
     page.write_text(render(run, ranking, figures), encoding="utf-8")
-    return page
+    failed = tuple(_line(check) for check in ranking.checks if check.status is Status.FAILED)
+    return ReportResult(page=page, ranking=out / RANKING, failed_checks=failed)
+
+
+def _line(check: Check) -> str:
+    first, *others = check.findings
+    where = f"{check.workload}: " if check.workload else ""
+    return f"{where}{check.name}: {first}" + (f" (and {len(others)} more)" if others else "")
 
 
 def _draw(run: Run, workload: WorkloadRanking, out: Path) -> list[PageFigure]:

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from analysis.load import Run
-from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
+from tunebench.study.objective import objective_value, selected_readout
+from tunebench.study.record import Reason, Split, Stage, TrialRecord
 from tunebench.study.spec import Objective
 
-QUANTITIES = ("energy_per_atom", "forces", "stress")
 POLICY = "policy"
 """Stands in a record where the readout was chosen by the study's `objective.readout`."""
 
 
-def validation_objective(errors: Mapping[str, float], objective: Objective) -> float:
-    """The study's weighted sum of errors (lower is better); ``inf`` when it is not finite.
-
-    Args:
-        errors: metric -> value in eV/atom, eV/Å and eV/Å³. A quantity without labels is absent and left out.
-        objective: weights and metric of the study.
-    """
-    weights = {name: float(getattr(objective, name)) for name in QUANTITIES}
-    metrics = {name: errors.get(f"{name}_{objective.metric}") for name in QUANTITIES}
-    terms = [weights[name] * value for name, value in metrics.items() if value is not None and weights[name] > 0.0]
-    total = math.fsum(terms) if all(map(math.isfinite, terms)) else math.inf
-    return total if terms else math.inf
-
-
 def chosen_readout(trial: TrialRecord, objective: Objective) -> str | None:
-    """Readout that counts for a trial under the study's policy, the same policy for every arm.
-
-    ``best`` is the readout with the lower validation objective at the trial's end; ``averaged`` is the exponential
-    moving average, or the averaged iterate of a schedule-free optimizer.
+    """Readout that counts for a trial under the study's policy, by its validation errors when it ended.
 
     Returns:
         ``None`` when the trial has no validation errors of an allowed readout.
     """
     validation = trial.result.get(Split.VAL, {})
-    averaged = {Readout.EMA.value, Readout.SCHEDULE_FREE.value}
-    allowed = {"raw": {Readout.RAW.value}, "averaged": averaged, "best": {Readout.RAW.value, *averaged}}
-    candidates = sorted(set(validation) & allowed[objective.readout])
-    if not candidates:
-        return None
-    return min(candidates, key=lambda readout: (validation_objective(validation[readout], objective), readout))
+    objectives = {readout: objective_value(errors, objective) for readout, errors in validation.items()}
+    return selected_readout(objectives, objective)
 
 
 def error_of(trial: TrialRecord, split: str, readout: str, metric: str, objective: Objective) -> float | None:
@@ -155,4 +134,4 @@ def _validation_of(trial: TrialRecord, objective: Objective) -> float:
     readout = chosen_readout(trial, objective)
     if trial.reason is not Reason.FINISHED or readout is None:
         return math.inf
-    return validation_objective(trial.result[Split.VAL][readout], objective)
+    return objective_value(trial.result[Split.VAL][readout], objective)

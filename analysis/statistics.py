@@ -27,11 +27,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether all of the interval lies on one side of zero."""
-        return self.low > 0.0 or self.high < 0.0
-
 
 def iqm(values: Floats) -> Floats:
     """Interquartile mean over the last axis: ``floor(n / 4)`` runs cut at each end, then the mean.

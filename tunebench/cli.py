@@ -32,6 +32,7 @@ RunFolder = Annotated[Path, typer.Argument(help="run directory")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
 
 _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
+_LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -112,10 +113,11 @@ def run(
     console = _stderr() if as_json else _stdout()
     console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
     records = run_study(resolved, RunOptions(run=folder, address=address), console)
-    summary: dict[str, Any] = {"run": str(folder), "trials": len(records), "report": None}
+    summary: dict[str, Any] = {"run": str(folder), "trials": len(records)}
     if report:
-        summary["report"] = str(_write_report(folder))
+        summary |= _write_report(folder)
     _print(summary, as_json, lambda s: f"report: {s['report']}" if report else f"run: {s['run']}")
+    _fail_for_checks(summary)
 
 
 @app.command()
@@ -144,9 +146,10 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="folder of the report, else RUN/report")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report/index.html and report/ranking.json of a run, finished or not."""
-    page = _write_report(run_folder, out)
-    _print({"report": str(page), "ranking": str(page.parent / "ranking.json")}, as_json, lambda r: r["report"])
+    """Write report/index.html and report/ranking.json of a run, finished or not; exits 1 where a check failed."""
+    summary = _write_report(run_folder, out)
+    _print(summary, as_json, lambda r: r["report"])
+    _fail_for_checks(summary)
 
 
 @app.command()
@@ -184,10 +187,22 @@ def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     _print(rows, as_json, lambda r: json.dumps(r, indent=2))
 
 
-def _write_report(run_folder: Path, out: Path | None = None) -> Path:
+def _write_report(run_folder: Path, out: Path | None = None) -> dict[str, Any]:
     from analysis.report import write_report
 
-    return write_report(run_folder, out)
+    result = write_report(run_folder, out)
+    return {
+        "report": str(result.page),
+        "ranking": str(result.ranking),
+        "failed_checks": list(result.failed_checks),
+    }
+
+
+def _fail_for_checks(summary: dict[str, Any]) -> None:
+    for line in summary.get("failed_checks", ()):
+        _complain(f"check failed: {line}", FAILED)
+    if summary.get("failed_checks"):
+        raise typer.Exit(FAILED)
 
 
 def _default_study() -> Path:
@@ -249,7 +264,8 @@ def _stderr() -> Console:
 
 def _one_line(error: Exception) -> str:
     text = getattr(error, "format_message", lambda: str(error))() or type(error).__name__
-    return " ".join(str(text).split())
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
 def _exit_code(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,7 @@ class _Writer:
             {name: parameter.value_at(unit) for name, parameter in space.parameters.items()},
             {name: parameter.distribution() for name, parameter in space.parameters.items()},
             {name: named_seed(7, name, key.stage, key.seed_index) for name in ("init", "order", "labels")},
+            data_hash=hashlib.sha256(key.workload.encode()).hexdigest(),
         )
 
     def _groups(self, key: TrialKey) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.algoperf import scores, study_times, workload_times
+from tests.analysis.algoperf import scores, study_times, workload_times
 
 INF = math.inf
 

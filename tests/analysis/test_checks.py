@@ -49,6 +49,7 @@ def test_sound_run_has_a_winner_and_no_failed_check(sound: Run) -> None:
             lambda trial: {"groups": [{"rule": "adamw", "share": 1.0}]},
             f"{VICTIM}: no weight is under muon, found adamw",
         ),
+        (lambda trial: {"data_hash": "5eed" * 16}, f"{VICTIM}: data 5eed5eed5eed, but 21 of 22 have "),
         (lambda trial: {"key": dataclasses.replace(trial.key, stage=Stage.TUNE)}, "has errors on ood:hot, test"),
         (lambda trial: {"key": dataclasses.replace(trial.key, optimizer="lion")}, "ethanol-nequip/lion is not an arm"),
         (lambda trial: {"key": dataclasses.replace(trial.key, seed_index=1)}, "stands 2 times in the journal"),
@@ -62,6 +63,16 @@ def test_contradiction_is_found_and_forbids_a_winner(
     decision = rank(broken).workloads[0].decision
     assert decision.winner is None
     assert "a check failed" in decision.sentence
+
+
+def test_trial_without_a_data_hash_contradicts_nobody(sound: Run) -> None:
+    assert findings(with_victim(sound, lambda trial: {"data_hash": None}), Status.FAILED) == []
+
+
+def test_workloads_may_have_data_of_their_own(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path / "run", Plan(arms=ARMS, workloads=("ethanol-nequip", "ethanol-allegro"))))
+    assert len({trial.data_hash for trial in run.trials}) == 2
+    assert findings(run, Status.FAILED) == []
 
 
 def test_curve_that_ends_elsewhere_is_found(sound: Run) -> None:

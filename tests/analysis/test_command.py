@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import BAD_INPUT, CHECK_FAILED, DONE, main
+from analysis.report import ReportResult, write_report
 from tests.analysis.synthetic_run import Plan, write_run
-from tunebench.study.record import CURVES, JOURNAL, STUDY
+from tunebench.study.record import CURVES, ENVIRONMENT, JOURNAL, STUDY
 
 ARMS = {"adamw": (0.03, 0.031, 0.032, 0.033, 0.034), "soap": (0.02, 0.021, math.inf, 0.023, 0.024)}
 DESCRIPTION = 'Is <b>soap</b> & "water" better?'
@@ -61,6 +62,16 @@ def test_page_escapes_what_the_study_says(run: Path) -> None:
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     assert "<b>soap</b>" not in page
     assert "&lt;b&gt;soap&lt;/b&gt; &amp;" in page
+
+
+def test_page_shows_the_environment_and_what_changed_later(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    environment = {"packages": {"torch": "2.13.0"}, "gpus": [], "later": [{"packages": {"torch": "2.14.0"}}]}
+    (folder / ENVIRONMENT).write_text(json.dumps(environment), encoding="utf-8")
+    assert main([str(folder)]) == DONE
+    text = re.sub(r"<[^>]*>|\s+", " ", (folder / "report" / "index.html").read_text(encoding="utf-8"))
+    words = " ".join(text.split())
+    assert "packages.torch 2.13.0 gpus [] later.0.packages.torch 2.14.0" in words
 
 
 def test_page_tells_every_trials_end(run: Path) -> None:
@@ -112,6 +123,21 @@ def test_damaged_curve_makes_a_report_and_fails_a_check(
     assert main([str(folder)]) == CHECK_FAILED
     assert file.name in capsys.readouterr().out
     assert "Check failed" in (folder / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_report_of_a_sound_run_names_its_files_and_no_failed_check(run: Path, tmp_path: Path) -> None:
+    report = write_report(run, tmp_path)
+    assert report == ReportResult(page=tmp_path / "index.html", ranking=tmp_path / "ranking.json", failed_checks=())
+    assert report.page.is_file()
+    assert report.ranking.is_file()
+
+
+def test_report_names_each_failed_check_in_one_line(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    for name in ("a", "b"):
+        (folder / CURVES / f"{name}.parquet").write_bytes(b"")
+    (line,) = write_report(folder).failed_checks
+    assert line == f"curve files belong to trials of the journal: {CURVES}/a.parquet belongs to no trial (and 1 more)"
 
 
 def test_journal_cut_in_mid_entry_is_read_up_to_there(run: Path, tmp_path: Path) -> None:

@@ -135,3 +135,47 @@ def test_the_final_checkpoint_opens_with_nequips_own_tools_and_holds_the_average
     errors = split_errors(model, loader, stress=False)
     for metric, value in errors.items():
         assert value == pytest.approx(reports[-1].errors["test"][task.averaged][metric], rel=1e-6)
+
+
+def test_a_lack_of_memory_before_the_first_step_books_no_device_seconds(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr("tunebench.engine.lightning.batch_order", no_memory)
+    reports = Reports()
+    run_trial(make_task(), reports)
+    assert [(report.outcome, report.device_s) for report in reports] == [(Reason.OOM, 0.0)]
+    assert reports[0].message == "cannot allocate"
+
+
+def test_a_kill_before_the_final_checkpoint_repeats_the_last_stretch_and_writes_it(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+):
+    task = make_task(stage=Stage.CONFIRM)
+    folder = checkpoint_folder(task.run, task.key.trial_id)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.Trainer.save_checkpoint", killed)
+        with pytest.raises(Killed):
+            run_trial(task, Reports())
+    assert not (folder / FINAL).exists()
+    reports, _, _ = trained(task)
+    assert reports[-1].outcome is Reason.FINISHED
+    assert (folder / FINAL).exists()
+
+
+def test_a_checkpoint_that_a_failing_disk_emptied_starts_the_trial_anew(make_task: MakeTask):
+    task = make_task()
+    with pytest.raises(SystemExit):
+        run_trial(task, Reports(stop_after=1))
+    (checkpoint_folder(task.run, task.key.trial_id) / "last.pt").write_bytes(b"")
+    reports, _, _ = trained(task)
+    assert [report.step for report in reports] == [4, 8]

@@ -68,8 +68,9 @@ def test_a_batch_without_labelled_frames_has_a_finite_loss_and_gradient():
     assert torch.equal(error.grad, torch.zeros_like(error))
 
 
-def test_a_prediction_that_is_not_a_number_is_an_infinite_error_not_a_missing_label(labels, predictions):
-    predictions["forces"] = torch.full_like(predictions["forces"], float("nan"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_prediction_that_is_not_finite_is_an_infinite_error_not_a_missing_label(labels, predictions, value: float):
+    predictions["forces"] = torch.full_like(predictions["forces"], value)
 
     class Broken(torch.nn.Module):
         def forward(self, batch):

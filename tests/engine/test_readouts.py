@@ -12,7 +12,8 @@ from tunebench.engine.batches import task_frames
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import training_module
-from tunebench.engine.readouts import readout_weights, selected_value
+from tunebench.engine.readouts import readout_weights
+from tunebench.study.objective import selected_readout
 from tunebench.study.record import Readout, Split
 from tunebench.study.spec import Objective
 
@@ -91,4 +92,6 @@ def test_an_exception_inside_the_block_gives_the_training_weights_back(make_task
     ],
 )
 def test_the_study_says_which_readout_counts(averaged: str, policy: Any, raw: float, expected: float) -> None:
-    assert selected_value({"raw": raw, averaged: 1.0}, Objective(readout=policy)) == expected
+    objectives = {"raw": raw, averaged: 1.0}
+    readout = selected_readout(objectives, Objective(readout=policy))
+    assert objectives[str(readout)] == expected

@@ -8,6 +8,7 @@ import pytest
 
 from tunebench.study import environment as module
 from tunebench.study.environment import environment, write_environment
+from tunebench.study.errors import RunError
 from tunebench.study.record import ENVIRONMENT
 
 
@@ -41,12 +42,26 @@ def test_the_first_start_writes_and_the_same_environment_has_nothing_to_say(tmp_
     assert [file.name for file in tmp_path.iterdir()] == [ENVIRONMENT]
 
 
-def test_what_changed_is_told_and_the_first_environment_stays(tmp_path: Path) -> None:
+def test_what_changed_is_told_once_and_kept_beside_the_first_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_environment(tmp_path, {"ethanol": "abc"})
-    written = (tmp_path / ENVIRONMENT).read_text()
+    first = json.loads((tmp_path / ENVIRONMENT).read_text())
     (line,) = write_environment(tmp_path, {"ethanol": "xyz"})
     assert line == "data: {'ethanol': 'abc'} before, {'ethanol': 'xyz'} now"
-    assert (tmp_path / ENVIRONMENT).read_text() == written
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    (line,) = write_environment(tmp_path, {"ethanol": "xyz"})
+    assert line.endswith("before, another now")
+    assert write_environment(tmp_path, {"ethanol": "xyz"}) == []
+    later = [{"data": {"ethanol": "xyz"}}, {"processor": "another"}]
+    assert json.loads((tmp_path / ENVIRONMENT).read_text()) == {**first, "later": later}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / ENVIRONMENT).write_text(text)
+    with pytest.raises(RunError, match=ENVIRONMENT):
+        write_environment(tmp_path, {})
 
 
 def test_a_kill_while_it_is_written_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.plan import survivors
 from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.study.spec import Asha, Tune
 from tunebench.tuning.asha import Ladder, PerArmAsha
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
@@ -235,3 +237,15 @@ def test_a_driver_killed_while_it_closed_a_stopped_trial_judges_it_again(tmp_pat
     asha.rebuild(read_trials(tmp_path))
     assert report(asha, key(1), 3, 2.0) == STOP
     assert asha.decisions[key(1).trial_id].recorded == 2
+
+
+def test_as_many_go_on_as_the_plan_expects_of_random_arrival() -> None:
+    generator = np.random.default_rng(0)
+    went_on = []
+    for _ in range(2000):
+        ladder = Ladder(3)
+        values = generator.permutation(9)
+        went_on.append(sum(not ladder.decide(str(i), 1, float(value)).stop for i, value in enumerate(values)))
+    expected = sum(max(seen // 3, 1) / seen for seen in range(1, 10))
+    assert np.mean(went_on) == pytest.approx(expected, abs=0.1)
+    assert survivors(Tune(trials_per_arm=9, asha=Asha(reduction_factor=3)), (1,)) == [round(expected)]

@@ -20,7 +20,8 @@ from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
 from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.progress import Progress
-from tunebench.tuning.recorder import Recorder, retention
+from tunebench.tuning.recorder import Recorder
+from tunebench.tuning.retention import retention
 
 GROUPS = [{"rule": "adamw", "tensors": 1, "parameters": 4, "settings": {}, "share": 1.0}]
 ERRORS = {"val": {"raw": {"forces_mae": 0.5}}}
@@ -164,7 +165,7 @@ def test_a_long_message_is_cut_and_a_crash_keeps_the_work_it_had_done(driver: Dr
 
 def test_a_full_disk_stops_the_run_and_leaves_the_trial_open(driver: Driver) -> None:
     driver.report(key(), evaluation(4, 0.5))
-    with pytest.raises(RunStopped, match="No space left on device; free some space"):
+    with pytest.raises(RunStopped, match="free some space and run again"):
         driver.fail(key(), wrapped(OSError(errno.ENOSPC, "No space left on device")))
     assert driver.record(key()).reason is None
 

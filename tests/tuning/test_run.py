@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from tests.tuning.conftest import TRIALS, ended, killed, ranking_of, tunebench, write_study
 from tunebench.study.journal import read_trials
@@ -101,9 +102,10 @@ def test_a_driver_killed_in_the_tune_stage_goes_on_without_repeating_finished_tr
     assert ranking_of(run)["finished"] is True
 
 
-def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path, how: signal.Signals):
     study, run = write_study(tmp_path), tmp_path / "run"
-    assert killed(["run", study, "--run", run], lambda: len(ended(run)) >= 1, signal.SIGINT) == 130
+    assert killed(["run", study, "--run", run], lambda: len(ended(run)) >= 1, how) == 130
     unfinished = json.loads(tunebench("status", run, "--json").stdout)
     assert unfinished["finished"] is False
     tunebench("report", run)
@@ -162,11 +164,52 @@ def test_tpe_proposes_from_the_journal_and_is_never_ranked(tmp_path: Path):
     assert all(arm["rank"] is None for arm in workload["arms"])
 
 
-@pytest.mark.parametrize("fraction", [0.5])
-def test_several_trials_share_a_gpu_by_fractions(tmp_path: Path, fraction: float):
-    """Ray's bookkeeping of fractions; there is no GPU here, so the request is read back instead of run."""
-    from tunebench.study.resolve import resolve
-    from tunebench.tuning.stage import trial_resources
+def test_a_run_whose_data_changed_is_refused(finished_run: Path, tmp_path: Path):
+    other = tmp_path / "run"
+    shutil.copytree(finished_run, other)
+    data_hash = str(read_trials(finished_run)[0].data_hash)
+    journal = other / "journal.log"
+    journal.write_text(journal.read_text().replace(data_hash, "0" * len(data_hash)))
+    done = tunebench("run", other, check=False)
+    assert done.returncode == 2
+    assert "workload ethanol has data" in done.stderr
 
-    study = resolve(write_study(tmp_path, resources={"gpus_per_trial": fraction, "cpus_per_trial": 2.0}))
-    assert trial_resources(study.study.resources) == {"cpu": 2.0, "gpu": fraction}
+
+def test_a_report_of_a_run_that_fails_a_check_exits_with_1(finished_run: Path, tmp_path: Path):
+    damaged = tmp_path / "run"
+    shutil.copytree(finished_run, damaged)
+    next((damaged / CURVES).glob("*.confirm.*.parquet")).unlink()
+    done = tunebench("report", damaged, check=False)
+    assert done.returncode == 1
+    assert "check failed" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a-file", "a-file/below"])
+def test_a_run_folder_that_cannot_be_made_is_bad_input(tmp_path: Path, name: str):
+    (tmp_path / "a-file").write_text("")
+    done = tunebench("run", write_study(tmp_path), "--run", tmp_path / name, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_gpu_study_on_a_machine_without_room_says_so_at_once(tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = tunebench(
+        "run", write_study(tmp_path, resources={"gpus_per_trial": 0.5}), "--run", tmp_path / "run", check=False
+    )
+    assert done.returncode == 2
+    assert "0 GPUs, allowed: a node with 1 CPUs and 0.5 GPUs" in done.stderr
+
+
+def test_several_trials_share_one_gpu_and_measure_what_the_cpu_measures(finished_run: Path, tmp_path: Path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    tunebench("run", write_study(tmp_path, resources={"gpus_per_trial": 0.25}), "--run", tmp_path / "run")
+    on_cpu = {trial.key: trial for trial in read_trials(finished_run) if trial.key.stage is Stage.TUNE}
+    compared = 0
+    for trial in read_trials(tmp_path / "run"):
+        if trial.key in on_cpu and 3 in trial.rungs:
+            assert trial.rungs[3] == pytest.approx(on_cpu[trial.key].rungs[3], rel=1e-3)
+            compared += 1
+    assert compared == 6

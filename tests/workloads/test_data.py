@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
+import time
 from pathlib import Path
 
 import ase.io
@@ -74,6 +76,27 @@ def test_a_half_built_folder_does_not_count(ethanol_file: Path, tmp_path: Path) 
     assert prepare(file_data(ethanol_file), cache=tmp_path / "cache") == done
 
 
+def test_what_a_killed_process_left_is_swept_after_a_day(ethanol_file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    old, young, other = cache / ".building-old", cache / ".building-young", cache / "complete"
+    for folder in (old, young, other):
+        folder.mkdir(parents=True)
+        (folder / "train.xyz").write_text("half a file")
+    two_days_ago = time.time() - 2 * 86400.0
+    for folder in (old, other):
+        os.utime(folder, (two_days_ago, two_days_ago))
+    prepared = prepare(file_data(ethanol_file), cache=cache)
+    assert {entry.name for entry in cache.iterdir()} == {young.name, other.name, prepared.folder.name}
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_any_frame_is_made(ethanol_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the cache should be")
+    lines: list[str] = []
+    with pytest.raises(WorkloadError, match=r"^data: found .*taken.*: Not a directory.*TUNEBENCH_CACHE names another"):
+        prepare(file_data(ethanol_file), cache=tmp_path / "taken" / "cache", progress=lines.append)
+    assert lines == []
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(ethanol_file: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -88,6 +111,17 @@ def test_a_changed_file_is_noticed(ethanol_file: Path, tmp_path: Path) -> None:
     prepared = prepare(file_data(ethanol_file), cache=tmp_path / "cache")
     with prepared.splits["val"].path.open("a") as file:
         file.write("\n")
+    with pytest.raises(WorkloadError, match=r"val\.xyz.*delete the folder"):
+        load_prepared(prepared.folder)
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed_too(ethanol_file: Path, tmp_path: Path) -> None:
+    prepared = prepare(file_data(ethanol_file), cache=tmp_path / "cache")
+    path = prepared.splits["val"].path
+    before = path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(WorkloadError, match=r"val\.xyz.*delete the folder"):
         load_prepared(prepared.folder)
 

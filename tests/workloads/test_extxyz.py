@@ -7,7 +7,7 @@ import pytest
 
 from tunebench.study.spec import ExtxyzData, SplitFrames
 from tunebench.workloads.errors import WorkloadError
-from tunebench.workloads.extxyz import extxyz_frames, resolve_path
+from tunebench.workloads.extxyz import extxyz_frames, identity
 
 COUNTS = {"train": 8, "val": 4, "test": 4, "ood": 0}
 
@@ -68,12 +68,17 @@ def test_more_frames_than_the_file_has_names_the_split(base: Path, split: str, c
 
 def test_environment_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DATA", str(base))
-    assert resolve_path("${MY_DATA}/ethanol.xyz", "data.train", Path("/nowhere")) == base / "ethanol.xyz"
+    assert drawn(Path("/nowhere"), train="${MY_DATA}/ethanol.xyz") == drawn(base)
     monkeypatch.delenv("MY_DATA")
-    with pytest.raises(WorkloadError, match=r"^data\.train: found .*MY_DATA is not"):
-        resolve_path("${MY_DATA}/ethanol.xyz", "data.train", base)
+    with pytest.raises(WorkloadError, match=r"^data\.train: found .*, allowed: a set environment variable MY_DATA$"):
+        drawn(base, train="${MY_DATA}/ethanol.xyz")
 
 
-def test_a_missing_file_is_named_with_its_key(base: Path) -> None:
-    with pytest.raises(WorkloadError, match=r"^data\.train: found '.*gone\.xyz', allowed: an existing file$"):
-        drawn(base, train="gone.xyz")
+@pytest.mark.parametrize("key", ["train", "val", "test", "ood.far"])
+def test_a_missing_file_is_named_with_its_key(base: Path, key: str) -> None:
+    named = {"ood": {"far": "gone.xyz"}} if key == "ood.far" else {key: "gone.xyz"}
+    frames = SplitFrames(**{**COUNTS, "ood": 1})
+    data = ExtxyzData(**{"source": "extxyz", "train": "ethanol.xyz", "frames": frames, **named})
+    for use in (lambda: identity(data, base), lambda: extxyz_frames(data, base, lambda line: None)):
+        with pytest.raises(WorkloadError, match=rf"^data\.{key}: found 'gone\.xyz', allowed: an existing file; "):
+            use()

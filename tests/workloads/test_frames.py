@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import ase.io
 import numpy as np
 import pytest
@@ -10,12 +15,13 @@ from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborList
 from nequip.utils import torch_default_dtype
 
 from tunebench.study.spec import ExtxyzData, Model, SplitFrames
+from tunebench.workloads import data
 from tunebench.workloads.data import prepare
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.frames import PreparedFrames, prepared_frames
 from tunebench.workloads.models import build_model, model_config
 from tunebench.workloads.statistics import training_statistics
-from tunebench.workloads.structure_files import read_prepared
+from tunebench.workloads.structure_files import file_hash, read_prepared
 
 R_MAX = 3.0
 
@@ -67,6 +73,24 @@ def test_neighbour_lists_are_built_once_per_process(prepared_ethanol) -> None:
     assert first.frames is second.frames
 
 
+def test_files_are_verified_once_per_process(prepared_ethanol, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(prepared_ethanol.folder, tmp_path / "moved")
+    hashed: list[Path] = []
+    monkeypatch.setattr(data, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    PreparedFrames(folder, "train", R_MAX)
+    assert sorted(hashed) == sorted(folder.glob("*.xyz"))
+    hashed.clear()
+    again = (_seconds(lambda: PreparedFrames(folder, "train", R_MAX, force_fraction=0.5)) for _ in range(5))
+    assert min(again) < 0.005
+    assert hashed == []
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def test_a_model_that_writes_into_its_batch_leaves_the_frames_alone(prepared_ethanol) -> None:
     dataset = prepared_frames(prepared_ethanol, "train", R_MAX)
     before = [{key: value.clone() for key, value in frame.items()} for frame in dataset.frames]
@@ -87,8 +111,8 @@ def test_a_model_that_writes_into_its_batch_leaves_the_frames_alone(prepared_eth
 def test_a_missing_stress_is_nan_where_others_have_one(tmp_path, rattled) -> None:
     frames = [*rattled("Si", 5, seed=1, stress=True), *rattled("Si", 5, seed=2)]
     ase.io.write(tmp_path / "si.xyz", frames, format="extxyz")
-    data = ExtxyzData(source="extxyz", train=str(tmp_path / "si.xyz"), frames=SplitFrames(train=8, val=1, test=1))
-    prepared = prepare(data)
+    counts = SplitFrames(train=8, val=1, test=1)
+    prepared = prepare(ExtxyzData(source="extxyz", train=str(tmp_path / "si.xyz"), frames=counts))
     assert prepared.has_stress
     assert prepared.periodic
     stress = []

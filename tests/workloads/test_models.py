@@ -11,6 +11,7 @@ from nequip.data import AtomicDataDict
 from tunebench.study.spec import Family, Model
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.frames import prepared_frames
+from tunebench.workloads.model_arguments import SET_BY_TUNEBENCH
 from tunebench.workloads.models import build_model, known_arguments, model_config
 from tunebench.workloads.presets import PRESETS
 from tunebench.workloads.statistics import TrainingStatistics, training_statistics
@@ -121,9 +122,9 @@ def test_an_unknown_argument_is_answered_with_the_nearest() -> None:
         config_of(arguments={"num_feature": 8})
 
 
-@pytest.mark.parametrize("name", ["seed", "model_dtype", "r_max", "type_names"])
+@pytest.mark.parametrize("name", [*SET_BY_TUNEBENCH, "_target_"])
 def test_what_the_study_sets_cannot_be_an_argument(name: str) -> None:
-    with pytest.raises(WorkloadError, match=rf"^model\.arguments\.{name}: found"):
+    with pytest.raises(WorkloadError, match=rf"^model\.arguments\.{name}: found .*, allowed: left out: "):
         config_of(arguments={name: 1})
 
 

@@ -1,5 +1,13 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 from ase import units
@@ -10,6 +18,19 @@ from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.structure_files import read_prepared
 from tunebench.workloads.trajectory import trajectory, water_box
 from tunebench.workloads.xtb import xtb_frames
+
+# A water box that takes minutes: five lines of progress a split, the first after a few snapshots.
+LONG = """
+import signal, sys
+from tunebench.study.spec import SplitFrames, XtbData
+from tunebench.workloads.data import prepare
+
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+frames = SplitFrames(train=5, val=400, test=400)
+data = XtbData(source="xtb", system="water-box", molecules=2, equilibration_fs=0.0, interval_fs=1.0, frames=frames)
+prepare(data, progress=lambda line: print(line, flush=True))
+"""
+LONGEST_END_S = 15.0
 
 
 def data(**fields: object) -> XtbData:
@@ -98,15 +119,26 @@ def test_water_is_periodic_and_its_stress_is_the_slope_of_the_energy() -> None:
 
 
 def test_an_unknown_molecule_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(WorkloadError, match=r"^data\.system: found 'unobtainium', allowed: water-box, .*ethanol"):
+    with pytest.raises(WorkloadError, match=r"^data\.system: found 'unobtainium', allowed: .*ethanol, .*water-box"):
         xtb_frames(data(system="unobtainium"), lambda line: None)
 
 
-@pytest.mark.parametrize(("kelvin", "count"), [(600.0, 0), (None, 2)])
-def test_a_hot_split_needs_a_temperature_and_frames(kelvin: float | None, count: int) -> None:
+@pytest.mark.parametrize(
+    ("kelvin", "count", "line"),
+    [
+        (600.0, 0, r"^data\.frames\.ood: found 0, allowed: 1 or more"),
+        (None, 2, r"^data\.ood_temperature_kelvin: found nothing, allowed: a value"),
+    ],
+)
+def test_a_hot_split_needs_a_temperature_and_frames(kelvin: float | None, count: int, line: str) -> None:
     frames = SplitFrames(train=2, val=1, test=1, ood=count)
-    with pytest.raises(WorkloadError, match=rf"^data\.frames\.ood: found {count}"):
+    with pytest.raises(WorkloadError, match=line):
         xtb_frames(data(ood_temperature_kelvin=kelvin, frames=frames), lambda line: None)
+
+
+def test_a_density_belongs_to_the_water_box() -> None:
+    with pytest.raises(WorkloadError, match=r"^data\.density_g_cm3: found 0\.8, allowed: left out unless"):
+        xtb_frames(data(density_g_cm3=0.8), lambda line: None)
 
 
 def test_snapshots_closer_than_the_time_step_are_refused() -> None:
@@ -118,3 +150,52 @@ def test_a_trajectory_that_explodes_ends_in_one_line() -> None:
     with pytest.raises(WorkloadError, match=r"^data\.system: found 'ethanol at 300.0 K, split train: ") as caught:
         xtb_frames(data(timestep_fs=60.0, equilibration_fs=12000.0, interval_fs=60.0), lambda line: None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def long_preparation(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that prepares data, at the moment of its first line of progress."""
+    (tmp_path / "scratch").mkdir()
+    places = {"TUNEBENCH_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "scratch")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **places},
+        start_new_session=True,  # so that a signal reaches it alone, and what it leaves behind can be counted
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("water-box train: 1/5")
+        yield process
+    finally:
+        if members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def members(group: int) -> list[str]:
+    """Command lines of the live processes of a process group."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [row[-1] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+
+
+@pytest.mark.parametrize(
+    ("number", "ending", "code"),
+    [(signal.SIGINT, "KeyboardInterrupt", -signal.SIGINT), (signal.SIGTERM, "", 143)],
+    ids=["interrupt", "termination"],
+)
+def test_a_signal_ends_the_trajectories_and_leaves_nothing(
+    long_preparation: subprocess.Popen[str], tmp_path: Path, number: int, ending: str, code: int
+) -> None:
+    assert any("workloads.trajectory" in command for command in members(long_preparation.pid))
+    sent = time.monotonic()
+    long_preparation.send_signal(number)
+    _, errors = long_preparation.communicate(timeout=LONGEST_END_S)
+    assert time.monotonic() - sent < LONGEST_END_S
+    assert (long_preparation.returncode, errors.strip().splitlines()[-1:]) == (code, [ending] if ending else [])
+    assert members(long_preparation.pid) == []
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("tunebench-*")) == []

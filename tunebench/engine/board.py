@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp  # `api` needs TensorFl
 from torch.utils.tensorboard import SummaryWriter
 
 from tunebench.engine.task import Evaluation
-from tunebench.study.record import TENSORBOARD, Metric, Readout, Reason, TrialKey
+from tunebench.study.record import BUILDING, TENSORBOARD, Metric, Readout, Reason, TrialKey
 
 OBJECTIVE_TAG = "val/objective"
 FINAL_OBJECTIVE_TAG = "final/objective"
@@ -31,7 +31,8 @@ def write_experiment(run: Path, hyperparameters: Iterable[str]) -> None:
         return
     columns = [hp.HParam(name) for name in ("workload", "optimizer", "stage", "seed_index", *sorted(hyperparameters))]
     metrics = [hp.Metric(FINAL_OBJECTIVE_TAG, display_name="final objective"), hp.Metric(OBJECTIVE_TAG)]
-    with TemporaryDirectory(dir=run) as building:  # moved as a whole: a kill leaves no experiment without columns
+    # moved as a whole: a kill leaves no experiment without columns
+    with TemporaryDirectory(dir=run, prefix=BUILDING) as building:
         with SummaryWriter(building) as writer:
             _add_summary(writer, hp.hparams_config_pb(hparams=columns, metrics=metrics))
         (events,) = Path(building).iterdir()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tunebench.study.files import replacing
 from tunebench.study.record import CHECKPOINTS
 
 _log = logging.getLogger(__name__)
@@ -24,18 +25,20 @@ def checkpoint_folder(run: Path, trial_id: str) -> Path:
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Replace `last.pt` at once: a kill leaves the previous checkpoint whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{LAST}.partial"
-    torch.save(state, partial)
-    partial.replace(folder / LAST)
+    with replacing(folder / LAST) as partial:
+        torch.save(state, partial)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint on the CPU, or None before the first."""
+    """The last checkpoint on the CPU; None before the first, or where a failing disk left one that cannot be read."""
     path = folder / LAST
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError) as error:
+        _log.warning("%s: cannot be read, the trial starts anew: %s", path, error)
+        return None
     return state
 
 

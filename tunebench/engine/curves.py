@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunebench.engine.task import Evaluation
+from tunebench.study.files import replacing
 from tunebench.study.record import CURVES, Metric, Readout, Split
 
 _SCHEMA = pa.schema(
@@ -43,10 +44,8 @@ def curve_rows(trial_id: str, evaluation: Evaluation) -> list[tuple[object, ...]
 def write_curve(run: Path, trial_id: str, rows: list[tuple[object, ...]]) -> None:
     """Write a trial's whole curve; readers see the old file or the new one, never half of it."""
     path = run / CURVES / f"{trial_id}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     columns = [
         pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)
     ]
-    pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), partial)

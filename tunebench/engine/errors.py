@@ -10,7 +10,6 @@ from nequip.data import AtomicDataDict
 
 from tunebench.engine.loss import energy_per_atom_error
 from tunebench.study.record import Metric
-from tunebench.study.spec import Objective
 
 _MAE_RMSE = {
     "energy_per_atom": (Metric.ENERGY_PER_ATOM_MAE, Metric.ENERGY_PER_ATOM_RMSE),
@@ -64,23 +63,6 @@ def split_errors(
     return sums.metrics()
 
 
-def objective_value(metrics: Mapping[str, float], objective: Objective) -> float:
-    """The study's objective of one split and readout; lower is better.
-
-    A quantity without labels (forces at force fraction 0) is left out. A non-finite error gives infinity.
-    """
-    total = 0.0
-    for quantity, weight in (
-        ("energy_per_atom", objective.energy_per_atom),
-        ("forces", objective.forces),
-        ("stress", objective.stress),
-    ):
-        value = metrics.get(f"{quantity}_{objective.metric}")
-        if weight > 0 and value is not None:
-            total += weight * value
-    return total if math.isfinite(total) else math.inf
-
-
 def _keep_label_mask(output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     """Error that is NaN exactly where the label is missing; a NaN prediction becomes infinite instead."""
     error = _unmasked(output[key] - batch[key])
@@ -88,4 +70,4 @@ def _keep_label_mask(output: Mapping[str, torch.Tensor], batch: Mapping[str, tor
 
 
 def _unmasked(error: torch.Tensor) -> torch.Tensor:
-    return torch.nan_to_num(error, nan=math.inf)
+    return torch.where(torch.isnan(error), torch.full_like(error, math.inf), error)

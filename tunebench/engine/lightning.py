@@ -24,14 +24,17 @@ from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder, load_checkpoint, save_checkpoint
 from tunebench.engine.curves import curve_rows, write_curve
-from tunebench.engine.errors import objective_value, split_errors
+from tunebench.engine.errors import split_errors
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import info_dict, training_module
-from tunebench.engine.readouts import readout_weights, selected_value
+from tunebench.engine.readouts import readout_weights
 from tunebench.engine.task import Errors, Evaluation, Report, TrialTask
 from tunebench.optim.reference import realised_groups
+from tunebench.study.files import replacing
+from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split, Stage
+from tunebench.workloads.frames import PreparedFrames
 from tunebench.workloads.order import batch_order
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the loss waits for a GPU
@@ -88,7 +91,8 @@ class _Trial(lightning.Callback):
         self.earlier_wall_s = self.last.wall_s
         self.attempts = self.last.attempts + 1
         self.rows = [tuple(row) for row in self.restored["rows"]] if self.restored else []
-        self.clock = 0.0
+        self.training_since: float | None = None  # None while the device does anything but training steps
+        self.frames: dict[str, PreparedFrames] = {}
         self.board = TrialBoard(task.run, task.key, task.hyperparameters, self.step)
 
     def train(self) -> Reason:
@@ -123,7 +127,7 @@ class _Trial(lightning.Callback):
             num_sanity_val_steps=0,
             inference_mode=False,
         )
-        frames = task_frames(self.task, Split.TRAIN)
+        frames = self._frames(Split.TRAIN)
         order = batch_order(len(frames), workload.batch_size, workload.max_steps, self.task.seeds.order)
         loader: DataLoader[Any] = DataLoader(
             frames, batch_sampler=order[self.step :], collate_fn=AtomicDataDict.batched_from_list
@@ -139,7 +143,7 @@ class _Trial(lightning.Callback):
             self.optimizer.load_state_dict(self.restored["optimizer"])
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.restored["scheduler"])
             self.restored = None
-        self.clock = self._now()
+        self.training_since = self._now()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the step, look for divergence, evaluate where the study asks for it."""
@@ -150,9 +154,9 @@ class _Trial(lightning.Callback):
                 self._end(Reason.DIVERGED, f"training loss {loss} at step {self.step}")
                 raise _Ended
         if self.step in self.task.evaluation_steps:
-            self.device_s += self._now() - self.clock
+            self._book_training()
             self._evaluate(trainer)
-            self.clock = self._now()
+            self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:
         evaluation = self._measure(trainer)
@@ -193,7 +197,7 @@ class _Trial(lightning.Callback):
             metrics[Metric.OBJECTIVE.value] = objectives[readout_name]
         return Evaluation(
             step=self.step,
-            objective=selected_value(objectives, self.task.objective),
+            objective=objectives[str(selected_readout(objectives, self.task.objective))],
             errors=errors,
             wall_s=self.wall_s,
             device_s=self.device_s,
@@ -206,14 +210,23 @@ class _Trial(lightning.Callback):
     def _split_errors(self, split: str) -> dict[str, float]:
         workload = self.task.workload
         loader: DataLoader[Any] = DataLoader(
-            task_frames(self.task, split),
+            self._frames(split),
             batch_size=workload.evaluation_batch_size,
             collate_fn=AtomicDataDict.batched_from_list,
         )
         batches = (on_device(batch, self.module.device) for batch in loader)
-        return split_errors(self.module, batches, stress=self.task.data.has_stress and workload.loss.stress > 0)
+        weighed = workload.loss.stress > 0 or self.task.objective.stress > 0
+        return split_errors(self.module, batches, stress=self.task.data.has_stress and weighed)
+
+    def _frames(self, split: str) -> PreparedFrames:
+        if split not in self.frames:
+            self.frames[split] = task_frames(self.task, split)
+        return self.frames[split]
 
     def _save(self, trainer: Any) -> None:
+        if self.last.outcome is Reason.FINISHED and self.task.key.stage is Stage.CONFIRM:
+            with replacing(self.folder / FINAL) as partial:  # before the checkpoint that says the trial is finished
+                trainer.save_checkpoint(partial)
         save_checkpoint(
             self.folder,
             {
@@ -224,18 +237,17 @@ class _Trial(lightning.Callback):
                 "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             },
         )
-        if self.last.outcome is Reason.FINISHED and self.task.key.stage is Stage.CONFIRM:
-            trainer.save_checkpoint(self.folder / FINAL)
 
     def _end(self, reason: Reason, message: str) -> None:
         """Report an end between two evaluations."""
+        self._book_training()
         self.last = replace(
             self.last,
             step=self.step,
             objective=math.inf,
             errors={},
             wall_s=self.wall_s,
-            device_s=self.device_s + self._now() - self.clock,
+            device_s=self.device_s,
             attempts=self.attempts,
             groups=self.groups,
             outcome=reason,
@@ -247,6 +259,12 @@ class _Trial(lightning.Callback):
     def wall_s(self) -> float:
         """Seconds since the trial began; earlier attempts count up to their last checkpoint."""
         return self.earlier_wall_s + time.perf_counter() - self.began
+
+    def _book_training(self) -> None:
+        """Add the training since the last evaluation to the device-seconds."""
+        if self.training_since is not None:
+            self.device_s += self._now() - self.training_since
+            self.training_since = None
 
     def _now(self) -> float:
         if self.task.device == "cuda":

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from tunebench.study.record import Readout
-from tunebench.study.spec import Objective
 
 
 @contextmanager
@@ -33,16 +32,3 @@ def readout_weights(module: Any, optimizer: Any, readout: Readout) -> Iterator[N
                 yield
             finally:
                 optimizer.train()
-
-
-def selected_value(by_readout: dict[str, float], objective: Objective) -> float:
-    """The objective under the study's readout policy, alike for every arm (rule F8)."""
-    raw = by_readout[Readout.RAW]
-    averaged = next(value for name, value in by_readout.items() if name != Readout.RAW)
-    match objective.readout:
-        case "raw":
-            return raw
-        case "averaged":
-            return averaged
-        case _:
-            return min(raw, averaged)

@@ -23,17 +23,9 @@ from tunebench.study.spec import (
     Workload,
     XtbData,
 )
-from tunebench.workloads.molecules import MOLECULES
+from tunebench.workloads.model_arguments import why_left_out
 from tunebench.workloads.presets import PRESETS
-
-SET_BY_TUNEBENCH = {
-    "seed": "tunebench sets it from the study's seed",
-    "model_dtype": "say model.dtype instead",
-    "r_max": "say model.r_max_angstrom instead",
-    "type_names": "tunebench sets it from the data",
-    "do_derivatives": "tunebench needs forces",
-    "preset": "say model.preset instead",
-}
+from tunebench.workloads.xtb_checks import xtb_problems
 
 
 def study_problems(study: Study) -> Iterator[Problem]:
@@ -48,10 +40,8 @@ def study_problems(study: Study) -> Iterator[Problem]:
     yield from _objective_problems(study)
     yield from _stage_problems(study)
     gpus = study.resources.gpus_per_trial
-    if gpus > 1.0 and not gpus.is_integer():
-        yield Problem(
-            "resources.gpus_per_trial", gpus, "a fraction up to 1, or a whole number: Ray splits no second GPU"
-        )
+    if gpus > 1.0:
+        yield Problem("resources.gpus_per_trial", gpus, "0 to 1: a trial trains on one GPU or on a part of one")
 
 
 def space_problems(study: Study, spaces: Mapping[str, SearchSpace]) -> Iterator[Problem]:
@@ -80,7 +70,8 @@ def _repeated_names(study: Study) -> Iterator[Problem]:
 
 def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
     if isinstance(workload.data, XtbData):
-        yield from _xtb_problems(workload.data, f"{key}.data")
+        for problem in xtb_problems(workload.data):
+            yield Problem(f"{key}.data.{problem.key}", problem.found, problem.allowed)
     if isinstance(workload.data, ExtxyzData):
         yield from _extxyz_problems(workload.data, f"{key}.data")
     if isinstance(workload.data, NequipData):
@@ -88,32 +79,6 @@ def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
     yield from _model_problems(workload.model, f"{key}.model")
     yield from _loss_problems(workload, key)
     yield from _size_problems(workload, key)
-
-
-def _xtb_problems(data: XtbData, key: str) -> Iterator[Problem]:
-    if data.system != WATER_BOX:
-        yield from _molecule_problems(data, key)
-    if data.ood_temperature_kelvin is not None and data.frames.ood == 0:
-        yield Problem(f"{key}.frames.ood", 0, "1 or more frames, because ood_temperature_kelvin is given")
-    if data.ood_temperature_kelvin is None and data.frames.ood > 0:
-        yield Problem(f"{key}.ood_temperature_kelvin", InWords("nothing"), "a value, because frames.ood is above 0")
-    if data.timestep_fs > data.interval_fs:
-        yield Problem(f"{key}.interval_fs", data.interval_fs, f"at least timestep_fs = {data.timestep_fs:g}")
-
-
-def _molecule_problems(data: XtbData, key: str) -> Iterator[Problem]:
-    if data.system not in MOLECULES and data.system not in _g2_names():
-        allowed = one_of([WATER_BOX, *MOLECULES], data.system)
-        yield Problem(f"{key}.system", data.system, f"a name of ASE's G2 set, or one of {allowed}")
-    for name in ("molecules", "density_g_cm3"):
-        if getattr(data, name) != XtbData.model_fields[name].default:
-            yield Problem(f"{key}.{name}", getattr(data, name), f"left out unless system is {WATER_BOX}")
-
-
-def _g2_names() -> list[str]:
-    from ase.collections import g2  # only names that the table above does not know cost this import
-
-    return list(g2.names)
 
 
 def _extxyz_problems(data: ExtxyzData, key: str) -> Iterator[Problem]:
@@ -137,8 +102,7 @@ def _model_problems(model: Model, key: str) -> Iterator[Problem]:
     if model.preset not in presets:
         yield Problem(f"{key}.preset", model.preset, f"for {model.family}: {one_of(presets, model.preset)}")
     for name in model.arguments:
-        if name in SET_BY_TUNEBENCH or name.startswith("_"):
-            reason = SET_BY_TUNEBENCH.get(name, "tunebench names the builder itself")
+        if reason := why_left_out(name):
             yield Problem(f"{key}.arguments.{name}", model.arguments[name], f"left out: {reason}")
     yield from _not_finite(model.arguments, f"{key}.arguments")
 

@@ -7,9 +7,13 @@ import json
 import os
 import platform
 import subprocess
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
+from tunebench.study.errors import RunError
+from tunebench.study.files import replacing
 from tunebench.study.record import ENVIRONMENT
 
 _PACKAGES = (
@@ -33,19 +37,39 @@ def environment(data_hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
-    """Write environment.json, or compare with the one there is.
+    """Write environment.json; on a later start compare with it and add what changed under ``later``.
 
     Returns:
-        What differs from the environment in which the run began, as lines; empty on a first start.
+        What differs from the environment of the last start, as lines; empty on a first start.
+
+    Raises:
+        RunError: the file cannot be read.
     """
     path, now = run / ENVIRONMENT, environment(data_hashes)
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(now, indent=2) + "\n")
-        partial.replace(path)
+        _write(path, now)
         return []
-    before = json.loads(path.read_text())
-    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+    first = _read(path)
+    last = reduce(or_, first.get("later", []), first)
+    changed = {key: value for key, value in now.items() if last.get(key) != value}
+    if changed:
+        _write(path, {**first, "later": [*first.get("later", []), changed]})
+    return [f"{key}: {last.get(key)} before, {value} now" for key, value in changed.items()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("data"), dict):
+            return content
+        raise ValueError("no data hashes")
+    except ValueError as error:
+        raise RunError(f"{path}: found {error}, allowed: the file as `tunebench run` wrote it") from error
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

@@ -71,6 +71,7 @@ class JournalWriter:
         params: Mapping[str, Any],
         distributions: Mapping[str, BaseDistribution],
         seeds: Mapping[str, int],
+        data_hash: str | None = None,
     ) -> None:
         """Enter a trial that waits to be started."""
         if key.trial_id in self._trials:
@@ -79,7 +80,13 @@ class JournalWriter:
             state=TrialState.WAITING,
             params=dict(params),
             distributions=dict(distributions),
-            user_attrs={"trial_id": key.trial_id, "key": asdict(key), "stage": key.stage.value, "seeds": dict(seeds)},
+            user_attrs={
+                "trial_id": key.trial_id,
+                "key": asdict(key),
+                "stage": key.stage.value,
+                "seeds": dict(seeds),
+                "data_hash": data_hash,
+            },
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
 
@@ -89,6 +96,10 @@ class JournalWriter:
             self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
         if groups and not self._trial(key).user_attrs.get("groups"):
             self._set(key, "groups", groups)
+
+    def note(self, key: TrialKey, detail: Mapping[str, Any]) -> None:
+        """Write why a trial is about to be closed."""
+        self._set(key, "detail", dict(detail))
 
     def record_rung(self, key: TrialKey, step: int, objective: float) -> None:
         """Write the objective that ASHA compares at a rung."""
@@ -155,6 +166,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         rungs=dict(trial.intermediate_values),
         seeds=attributes["seeds"],
         ledger=attributes.get("ledger", {}),
+        data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         result=attributes.get("result", {}),
     )

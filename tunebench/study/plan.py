@@ -83,9 +83,17 @@ def evaluation_steps(workload: Workload, rungs: tuple[int, ...]) -> tuple[int, .
 
 
 def survivors(tune: Tune, rungs: tuple[int, ...]) -> list[int]:
-    """Trials of an arm expected to train beyond each rung; at least one always does."""
+    """Trials of an arm expected to train beyond each rung when trials arrive in random order, rounded.
+
+    The i-th trial to arrive at a rung goes on if it is among the best max(i // reduction factor, 1) of the i seen so
+    far, so early arrivals are judged mildly and more go on than one in `reduction_factor`.
+    """
     factor = tune.asha.reduction_factor if tune.asha else 1
-    return [max(tune.trials_per_arm // factor**index, 1) for index in range(1, len(rungs) + 1)]
+    counts, alive = [], tune.trials_per_arm
+    for _ in rungs:
+        alive = round(sum(max(seen // factor, 1) / seen for seen in range(1, alive + 1)))
+        counts.append(alive)
+    return counts
 
 
 def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict[str, int]:

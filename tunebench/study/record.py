@@ -18,6 +18,8 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 REPORT = "report"
 SEARCH_SPACES = "search_spaces"
+BUILDING = ".building-"
+"""Prefix of what is moved to its name when it is whole; what a kill leaves of it is deleted at the next start."""
 
 
 class Stage(StrEnum):
@@ -116,6 +118,7 @@ class TrialRecord:
         seeds: named seeds ``{init, order, labels}``.
         ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
         groups: realised parameter groups, ``[{rule, tensors, parameters, share, ...}]``.
+        data_hash: of the prepared data the trial was measured on.
         result: last measured errors, ``{split: {readout: {metric: value}}}``; test and ood only for the confirm stage.
     """
 
@@ -129,5 +132,6 @@ class TrialRecord:
     rungs: dict[int, float]
     seeds: dict[str, int]
     ledger: dict[str, float]
+    data_hash: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

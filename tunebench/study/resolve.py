@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from typing import Any
 
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
+from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
 from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
 from tunebench.study.spec import Arm, ExtxyzData, InWords, Schedule, Study, StudyError, Workload
 from tunebench.study.strict_yaml import read_yaml, write_yaml
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,10 @@ def resolve(path: Path) -> ResolvedStudy:
 
 
 def load_run(run: Path) -> ResolvedStudy:
-    """The study that a run directory was started with; its data files need not be here.
+    """The study that a run directory was started with.
+
+    To read it takes the directory alone. To go on with the run takes the data files as well, where the study names
+    them, even if their prepared set is in the cache: its name is a hash that covers their content.
 
     Raises:
         StudyError: the directory holds no study, or one that was edited after the run had started.
@@ -108,8 +109,8 @@ def _space(arm: Arm, index: int, file: Path) -> SearchSpace:
     if arm.search_space is None:
         return SearchSpace.load(arm.name)
     try:
-        path = _existing_file(arm.search_space, file.resolve().parent)
-    except _NoSuchFileError as error:
+        path = existing_file(arm.search_space, file.resolve().parent)
+    except NoSuchFileError as error:
         raise StudyError(file, f"optimizers[{index}].search_space", arm.search_space, str(error)) from None
     return SearchSpace.load(arm.name, path)
 
@@ -152,29 +153,12 @@ def _located(workload: Workload, folder: Path) -> tuple[Workload, list[Problem]]
         if text is None:
             continue
         try:
-            files[key] = str(_existing_file(text, folder))
-        except _NoSuchFileError as error:
+            files[key] = str(existing_file(text, folder))
+        except NoSuchFileError as error:
             problems.append(Problem(key, text, str(error)))
     ood = {name: files[f"ood.{name}"] for name in data.ood}
     located = data.model_copy(update={"train": files["train"], "val": files["val"], "test": files["test"], "ood": ood})
     return workload.model_copy(update={"data": located}), problems
-
-
-class _NoSuchFileError(Exception):
-    """A path that leads to no file; the text says what is allowed."""
-
-
-def _existing_file(text: str, folder: Path) -> Path:
-    """The absolute path that `text` stands for: `${VARIABLE}` and ~ replaced, seen from `folder`."""
-    try:
-        path = (folder / Path(_VARIABLE.sub(lambda match: os.environ[match[1]], text)).expanduser()).resolve()
-        if path.is_file():
-            return path
-    except KeyError as variable:
-        raise _NoSuchFileError(f"a set environment variable {variable.args[0]}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # no path at all, an endless link, or a home nobody has
-        raise _NoSuchFileError(f"a path to a file ({getattr(error, 'strerror', None) or error})") from None
-    raise _NoSuchFileError(f"an existing file; {path} is none")
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -240,7 +240,7 @@ class Resources(Section):
     """What a trial gets, in Ray's units."""
 
     cpus_per_trial: PositiveFloat = Field(default=1.0, description="CPU cores")
-    gpus_per_trial: NonNegativeFloat = Field(default=0.0, description="GPUs; 0.25 puts four trials on one")
+    gpus_per_trial: NonNegativeFloat = Field(default=0.0, description="GPUs, at most 1; 0.25 puts four trials on one")
     concurrent_trials: PositiveInt | None = Field(
         default=None, description="upper bound; left out, what the cluster fits"
     )

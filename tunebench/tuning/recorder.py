@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,11 @@ from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import Evaluation
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
-from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import Decision, PerArmAsha
 from tunebench.tuning.progress import Progress
+
+_FULL_BYTES = 20 * 2**20
 
 
 class Recorder(Callback):
@@ -64,10 +67,12 @@ class Recorder(Callback):
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)
+        decision = self._scheduler.decisions.get(key.trial_id)
+        if decision is not None:  # before the rung: a rung without it would mean after a kill that the trial went on
+            self._journal.note(key, _detail(decision))
         if evaluation.step in self._rungs.get(key.arm, ()) and math.isfinite(evaluation.objective):
             self._journal.record_rung(key, evaluation.step, evaluation.objective)
         self._progress.evaluated(key, evaluation)
-        decision = self._scheduler.decisions.get(key.trial_id)
         if evaluation.outcome is not None:
             self._finish(key, evaluation.outcome, {"message": evaluation.message})
         elif decision is not None:
@@ -82,8 +87,10 @@ class Recorder(Callback):
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error or "the trial's process died"
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
-        if os.strerror(errno.ENOSPC) in lines[-1]:  # it would close every further trial as crashed
-            raise RunStopped(f"{self._progress.run}: {lines[-1]}; free some space and run again")
+        free = shutil.disk_usage(self._progress.run).free
+        if free < _FULL_BYTES or os.strerror(errno.ENOSPC) in lines[-1]:
+            # no fault of the trial, and every further one would crash too
+            raise RunStopped(f"{self._progress.run}: {free / 2**20:.0f} MiB free; free some space and run again")
         self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:
@@ -102,11 +109,6 @@ class Recorder(Callback):
 
     def _key(self, trial: Trial) -> TrialKey:
         return self._keys[trial.config["trial"]]
-
-
-def retention(keep: str) -> Callable[[TrialKey], bool]:
-    """Which finished trials lose their checkpoints under the study's `keep_checkpoints`."""
-    return lambda key: keep == "none" or (keep == "confirm" and key.stage is not Stage.CONFIRM)
 
 
 def _detail(decision: Decision) -> dict[str, Any]:

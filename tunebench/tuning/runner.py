@@ -18,20 +18,24 @@ from typing import Any
 
 from rich.console import Console
 
+from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import Seeds, TrialTask
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError, RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
-from tunebench.study.record import JOURNAL, STUDY_HASH, Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.record import BUILDING, JOURNAL, STUDY_HASH, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler, StudyError
-from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment
+from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
+from tunebench.tuning.retention import retention
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
+from tunebench.workloads.coverage import check_labels
 from tunebench.workloads.data import PreparedData, prepare
 from tunebench.workloads.errors import WorkloadError
 
+LOCK = ".lock"
 _TPE_ROUNDS = 8
 _MIN_FREE_BYTES = 200 * 2**20
 
@@ -66,7 +70,8 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
-    options.run.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.run)
+    terminate_like_interrupt()
     with _locked(options.run):
         _check_folder(resolved, options.run)
         data = prepare_workloads(resolved, console)
@@ -93,7 +98,7 @@ def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, Pr
                 base=resolved.file.parent,
                 progress=partial(_print_progress, console, workload.name),
             )
-            _check_data(prepared[workload.name], workload.loss.stress, workload.batch_size)
+            check_labels(prepared[workload.name], workload, resolved.study.objective)
     return prepared
 
 
@@ -128,13 +133,6 @@ def _print_progress(console: Console, workload: str, line: str) -> None:
     console.print(f"{workload}: {line}", highlight=False, soft_wrap=True)
 
 
-def _check_data(data: PreparedData, stress_weight: float, batch_size: int) -> None:
-    if stress_weight > 0 and not data.has_stress:
-        raise WorkloadError("loss.stress", stress_weight, "0, for the data carry no stress")
-    if batch_size > data.splits["train"].frames:
-        raise WorkloadError("batch_size", batch_size, f"at most the {data.splits['train'].frames} training frames")
-
-
 class _Run:
     """One start of a study on one run directory."""
 
@@ -147,9 +145,20 @@ class _Run:
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
         for line in changed:
             console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
+        _check_data(options.run, data)
         self._journal = JournalWriter(options.run)
         for arm in self._arms:
             self._journal.add_arm(arm.name, {"ranked": self._study.tune.sampler is Sampler.SOBOL})
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete what a killed driver had no time to delete."""
+        dropped = retention(self._study.keep_checkpoints)
+        for record in read_trials(self._options.run):
+            if record.reason is not None and dropped(record.key):
+                drop_checkpoints(self._options.run, record.key.trial_id)
+        for leftover in self._options.run.glob(f"{BUILDING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def tune(self) -> None:
         """Tune stage: plan every configuration of every arm and run those that have not ended."""
@@ -188,16 +197,17 @@ class _Run:
         records = read_trials(self._options.run)
         for arm in self._arms:
             of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
-            if len(of_arm) > planned.start:  # planned by an earlier start
+            if len(of_arm) >= planned.stop:  # planned by an earlier start
                 continue
+            earlier = [record for record in of_arm if record.key.config_index < planned.start]
             seed = named_seed(self._study.seed, "tpe", arm.name, planned.start)
-            for index, params in zip(planned, tpe_configurations(arm.space, of_arm, len(planned), seed), strict=True):
+            for index, params in zip(planned, tpe_configurations(arm.space, earlier, len(planned), seed), strict=True):
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
     def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
-        self._journal.plan(key, params, distributions, seeds)
+        self._journal.plan(key, params, distributions, seeds, self._data[arm.workload.name].hash)
 
     def _run_stage(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
@@ -256,7 +266,7 @@ def _rounds(trials: int) -> Iterator[range]:
 
 def _check_folder(resolved: ResolvedStudy, run: Path) -> None:
     if (run / STUDY_HASH).exists():
-        found = (run / STUDY_HASH).read_text().split()[0]
+        found = (run / STUDY_HASH).read_text(encoding="utf-8", errors="replace").strip()
         if found != resolved.hash:
             raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
     elif (run / JOURNAL).exists():
@@ -268,6 +278,27 @@ def _check_folder(resolved: ResolvedStudy, run: Path) -> None:
         raise RunError(
             f"{run}: {free / 2**20:.0f} MiB free on its disk, allowed: {_MIN_FREE_BYTES / 2**20:.0f} or more"
         )
+
+
+def _check_data(run: Path, data: dict[str, PreparedData]) -> None:
+    """Errors of one run must have been measured on the same data."""
+    if not (run / JOURNAL).exists():
+        return
+    for record in read_trials(run):
+        found, began = data[record.key.workload].hash, record.data_hash
+        if began not in (None, found):
+            raise RunError(
+                f"{run}: workload {record.key.workload} has data {found[:12]}, allowed: {began[:12]}, with which "
+                "the run began; start another run for other data"
+            )
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / LOCK).touch()
+    except OSError as error:
+        raise RunError(f"{run}: found {error.strerror}, allowed: a folder that can be written") from error
 
 
 @contextmanager
@@ -283,7 +314,7 @@ def _stopping_where_the_disk_is_full(run: Path) -> Iterator[None]:
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """One driver per run directory; the lock goes with its process, however that ends."""
-    with (run / ".lock").open("w") as file:
+    with (run / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

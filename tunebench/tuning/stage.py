@@ -22,7 +22,9 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Resources
 from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.progress import Progress
-from tunebench.tuning.recorder import Recorder, retention
+from tunebench.tuning.ray_environment import terminate_like_interrupt
+from tunebench.tuning.recorder import Recorder
+from tunebench.tuning.retention import retention
 from tunebench.tuning.trainable import LOGS, train_trial
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def run_stage(
     recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress)
     storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
+    terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
     with progress:
         tune.Tuner(

@@ -11,8 +11,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,12 @@ from tunebench.workloads.structure_files import file_hash, write_frames
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CACHE_VARIABLE = "TUNEBENCH_CACHE"
+
+_BUILDING = ".building-"
+# Files are written within seconds, after the frames are made. A day allows for clocks of file servers that differ.
+_ABANDONED_AFTER_S = 24 * 3600.0
+_PROBE = b" " * 1024
+_KEPT_HASHES = 1024
 
 AnyData = XtbData | ExtxyzData | NequipData
 Frames = Mapping[str, list[Atoms]]
@@ -84,7 +93,8 @@ def prepare(
     """Make the data set, or find it already made.
 
     The folder is built beside its final place and renamed into it: what exists is complete, and two processes that
-    prepare the same data at once both succeed.
+    prepare the same data at once both succeed. Whether the cache can be written is tried before any frame is made, and
+    what killed processes left there more than a day ago is removed.
 
     Args:
         data: the ``data`` section of a workload.
@@ -101,6 +111,8 @@ def prepare(
     folder = (cache or cache_folder()).expanduser().resolve() / digest[:24]
     if (folder / MANIFEST).is_file():
         return load_prepared(folder)
+    _try_writing(folder)
+    _sweep(folder.parent)
     frames, level_of_theory = _frames(data, base, progress or _silent)
     _check_counts(frames)
     prints = {split: fingerprints(structures) for split, structures in frames.items()}
@@ -119,7 +131,7 @@ def prepare(
 
 
 def load_prepared(folder: Path) -> PreparedData:
-    """Read a prepared folder and verify the checksum of each of its files.
+    """Read a prepared folder and verify the checksum of each of its files, once per process and state of the file.
 
     Raises:
         WorkloadError: the folder is not a prepared data set, is of another version, or a file has changed.
@@ -178,10 +190,36 @@ def _check_counts(frames: Frames) -> None:
             raise WorkloadError(f"data.frames.{split}", 0, "at least one frame")
 
 
-def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
-    building = folder.with_name(f".building-{folder.name}-{secrets.token_hex(6)}")
+def _try_writing(folder: Path) -> None:
+    with _building_of(folder) as building:
+        (building / "probe").write_bytes(_PROBE)
+
+
+def _sweep(cache: Path) -> None:
+    oldest = time.time() - _ABANDONED_AFTER_S
+    for entry in cache.glob(f"{_BUILDING}*"):
+        with suppress(OSError):  # another process may sweep too, and what another user left is not ours to remove
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry)
+
+
+@contextmanager
+def _building_of(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one, which is gone afterwards unless it was renamed."""
+    building = folder.with_name(f"{_BUILDING}{folder.name}-{secrets.token_hex(6)}")
     try:
         building.mkdir(parents=True)
+        yield building
+    except OSError as error:
+        found = f"{folder.parent}: {error.strerror or error}"
+        allowed = f"a cache folder with room that can be written; ${CACHE_VARIABLE} names another"
+        raise WorkloadError("data", found, allowed) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
+    with _building_of(folder) as building:
         splits = {split: _write_split(building, split, frames[split], about) for split in frames}
         manifest = {
             **{key: value for key, value in about.items() if key != "fingerprints"},
@@ -192,12 +230,6 @@ def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
         }
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
         _move(building, folder)
-    except OSError as error:
-        found = f"{folder.parent}: {error.strerror or error}"
-        allowed = f"a cache folder with room that can be written; ${CACHE_VARIABLE} names another"
-        raise WorkloadError("data", found, allowed) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _move(building: Path, folder: Path) -> None:
@@ -230,9 +262,21 @@ def _type_names(frames: Frames) -> list[str]:
 
 def _load_split(folder: Path, entry: dict[str, Any]) -> SplitFile:
     path = folder / entry["file"]
-    found = file_hash(path) if path.is_file() else None
+    found = _known_hash(path) if path.is_file() else None
     if found != entry["sha256"]:
         allowed = f"the file its manifest describes (sha256 {entry['sha256'][:12]}); delete the folder to make it anew"
         raise WorkloadError("data", f"{path} (sha256 {found and found[:12]})", allowed)
     fields = {key: entry[key] for key in ("frames", "atoms_min", "atoms_max", "sha256", "fingerprints")}
     return SplitFile(path=path, **fields)
+
+
+def _known_hash(path: Path) -> str:
+    # A process opens each data set many times; a change shows in these numbers (the last two of them in ns).
+    state = path.stat()
+    return _hash_in_state(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=_KEPT_HASHES)
+def _hash_in_state(path: Path, state: tuple[int, ...]) -> str:
+    del state
+    return file_hash(path)

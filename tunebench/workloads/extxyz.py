@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,13 +11,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.record import OOD_PREFIX, Split
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import ExtxyzData
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.structure_files import file_hash, read_labelled
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True)
@@ -31,33 +28,20 @@ class _Draw:
     splits: tuple[str, ...]
 
 
-def resolve_path(text: str, key: str, base: Path) -> Path:
-    """The file a study names: ``${VARIABLE}`` from the environment, ``~``, and relative paths from ``base``.
+def identity(data: ExtxyzData, base: Path) -> dict[str, Any]:
+    """What decides the frames: the description, with the content of the files in place of their paths.
+
+    The files are read for it, so they must be here even when the prepared set already is.
 
     Raises:
-        WorkloadError: a variable is not set, or there is no such file.
+        WorkloadError: a file is missing.
     """
-
-    def value(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
-        if found is None:
-            raise WorkloadError(key, text, f"environment variables that are set; {match[1]} is not")
-        return found
-
-    path = base / Path(_VARIABLE.sub(value, text)).expanduser()
-    if not path.is_file():
-        raise WorkloadError(key, str(path), "an existing file")
-    return path
-
-
-def identity(data: ExtxyzData, base: Path) -> dict[str, Any]:
-    """What decides the frames: the description, with the content of the files in place of their paths."""
     described = data.model_dump(mode="json")
     described.update(
-        train=file_hash(resolve_path(data.train, "data.train", base)),
-        val=None if data.val is None else file_hash(resolve_path(data.val, "data.val", base)),
-        test=None if data.test is None else file_hash(resolve_path(data.test, "data.test", base)),
-        ood={name: file_hash(resolve_path(text, f"data.ood.{name}", base)) for name, text in data.ood.items()},
+        train=file_hash(_located(data.train, "data.train", base)),
+        val=None if data.val is None else file_hash(_located(data.val, "data.val", base)),
+        test=None if data.test is None else file_hash(_located(data.test, "data.test", base)),
+        ood={name: file_hash(_located(text, f"data.ood.{name}", base)) for name, text in data.ood.items()},
     )
     return {"data": described, "versions": {"ase": version("ase")}}
 
@@ -97,7 +81,7 @@ def _draws(data: ExtxyzData, base: Path) -> list[_Draw]:
     files: list[tuple[str, str, tuple[str, ...]]] = [("train", data.train, (*shared, Split.TRAIN))]
     files += [(str(split), text, (split,)) for split, text in own.items() if text is not None]
     files += [(f"ood.{name}", text, (OOD_PREFIX + name,)) for name, text in data.ood.items()]
-    return [_Draw(f"data.{key}", resolve_path(text, f"data.{key}", base), splits) for key, text, splits in files]
+    return [_Draw(f"data.{key}", _located(text, f"data.{key}", base), splits) for key, text, splits in files]
 
 
 def _drawn(pool: list[Atoms], draw: _Draw, data: ExtxyzData) -> dict[str, list[Atoms]]:
@@ -116,3 +100,10 @@ def _drawn(pool: list[Atoms], draw: _Draw, data: ExtxyzData) -> dict[str, list[A
         drawn[str(split)] = [pool[index] for index in order[start : start + count]]
         start += count
     return drawn
+
+
+def _located(text: str, key: str, base: Path) -> Path:
+    try:
+        return existing_file(text, base)
+    except NoSuchFileError as error:
+        raise WorkloadError(key, text, str(error)) from None

@@ -19,11 +19,9 @@ from nequip.utils.global_state import set_global_state
 
 from tunebench.study.spec import Family, Model
 from tunebench.workloads.errors import WorkloadError
+from tunebench.workloads.model_arguments import SET_BY_TUNEBENCH, why_left_out
 from tunebench.workloads.presets import NEQUIP_OWN_PRESETS, PRESETS
 from tunebench.workloads.statistics import TrainingStatistics
-
-OWN_ARGUMENTS = ("seed", "model_dtype", "r_max", "type_names")
-"""Arguments that come from the study itself and cannot be set in `model.arguments`."""
 
 _BUILDERS = {
     Family.NEQUIP: ("nequip.model.NequIPGNNModel", (NequIPGNNModel, FullNequIPGNNModel)),
@@ -95,7 +93,7 @@ def known_arguments(family: Family) -> tuple[str, ...]:
     """The keyword arguments of a family's builder that a study may set."""
     _, builders = _BUILDERS[family]
     names = {name for builder in builders for name in _named_parameters(builder)}
-    return tuple(sorted((names | {"compile_mode"}) - set(OWN_ARGUMENTS) - set(_DERIVED_ARGUMENTS)))
+    return tuple(sorted((names | {"compile_mode"}) - set(SET_BY_TUNEBENCH) - set(_DERIVED_ARGUMENTS)))
 
 
 def _named_parameters(builder: Any) -> list[str]:
@@ -106,9 +104,8 @@ def _named_parameters(builder: Any) -> list[str]:
 def _check_arguments(model: Model) -> None:
     known = known_arguments(model.family)
     for name in model.arguments:
-        if name in OWN_ARGUMENTS:
-            allowed = "arguments that the study does not set itself (seed, dtype, r_max_angstrom and the data set them)"
-            raise WorkloadError(f"model.arguments.{name}", model.arguments[name], allowed)
+        if reason := why_left_out(name):
+            raise WorkloadError(f"model.arguments.{name}", model.arguments[name], f"left out: {reason}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -22,12 +22,10 @@ from ase.optimize import FIRE
 from tblite.ase import TBLite
 
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import XtbData
-from tunebench.workloads.errors import WorkloadError
+from tunebench.study.spec import WATER_BOX, XtbData
 from tunebench.workloads.molecules import MOLECULES
 from tunebench.workloads.structure_files import labelled_atoms, write_frames
 
-WATER_BOX = "water-box"
 # Relaxation time 50 fs: five of them fit into the default equilibration, so snapshots have the temperature asked.
 FRICTION_PER_FS = 0.02
 # tblite's SCF tolerance in units of its default. Labels are recomputed from scratch with a tight one, because along a
@@ -44,15 +42,8 @@ CUBIC_ANGSTROM_PER_CUBIC_CM = 1e24
 
 
 def steps_of(data: XtbData) -> tuple[int, int]:
-    """Time steps of the equilibration and between two snapshots.
-
-    Raises:
-        WorkloadError: the snapshots would be less than one time step apart.
-    """
-    interval = round(data.interval_fs / data.timestep_fs)
-    if interval < 1:
-        raise WorkloadError("data.interval_fs", data.interval_fs, f"at least the time step, {data.timestep_fs} fs")
-    return round(data.equilibration_fs / data.timestep_fs), interval
+    """Time steps of the equilibration and between two snapshots, both rounded to the nearest."""
+    return round(data.equilibration_fs / data.timestep_fs), round(data.interval_fs / data.timestep_fs)
 
 
 def trajectory(
@@ -65,7 +56,7 @@ def trajectory(
     boxes on that of GFN1-xTB.
 
     Args:
-        data: system, time step, equilibration and interval.
+        data: system, time step, equilibration and interval, free of `xtb_checks.xtb_problems`.
         split: name of the split, for the seed.
         frames: snapshots wanted.
         kelvin: temperature of the thermostat.

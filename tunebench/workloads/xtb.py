@@ -12,22 +12,23 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
-from ase.collections import g2
 
 import tunebench
 from tunebench.study.record import OOD_PREFIX, Split
-from tunebench.study.spec import XtbData
+from tunebench.study.spec import WATER_BOX, XtbData
 from tunebench.workloads.errors import WorkloadError
-from tunebench.workloads.molecules import MOLECULES
 from tunebench.workloads.structure_files import read_prepared
-from tunebench.workloads.trajectory import METHOD, PERIODIC_SAMPLING_METHOD, WATER_BOX, steps_of
+from tunebench.workloads.trajectory import METHOD, PERIODIC_SAMPLING_METHOD
+from tunebench.workloads.xtb_checks import check_xtb
 
 HOT = OOD_PREFIX + "hot"
 _LIBRARIES = ("ase", "numpy", "tblite")
@@ -48,6 +49,8 @@ def level_of_theory(data: XtbData) -> str:
 def xtb_frames(data: XtbData, progress: Callable[[str], None]) -> dict[str, list[Atoms]]:
     """Run the trajectories of all splits, as many at once as the machine has cores.
 
+    Whatever ends the call early, an interrupt too, stops the trajectories that run and starts none of those that wait.
+
     Args:
         data: system, temperatures, times and frame counts.
         progress: called with a line of text now and then; calls come from several threads, one at a time each.
@@ -58,57 +61,95 @@ def xtb_frames(data: XtbData, progress: Callable[[str], None]) -> dict[str, list
     Raises:
         WorkloadError: unknown molecule, impossible times, or a trajectory that failed.
     """
-    if data.system != WATER_BOX and MOLECULES.get(data.system, data.system) not in g2.names:
-        allowed = f"{WATER_BOX}, {', '.join(sorted(MOLECULES))} or a name of ASE's G2 collection"
-        raise WorkloadError("data.system", data.system, allowed)
-    steps_of(data)
+    check_xtb(data)
     counts = _counts(data)
-    with tempfile.TemporaryDirectory(prefix="tunebench-xtb-") as folder, ThreadPoolExecutor(_workers()) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="tunebench-xtb-") as folder,
+        ThreadPoolExecutor(_workers()) as pool,
+        _Processes(pool) as processes,
+    ):
         paths = {split: Path(folder) / f"{index}.xyz" for index, split in enumerate(counts)}
-        runs = [pool.submit(_run, data, split, counts[split], paths[split], progress) for split in counts]
+        runs = [
+            pool.submit(_run, processes, data, split, counts[split], path, progress) for split, path in paths.items()
+        ]
         for run in runs:
             run.result()
         return {split: read_prepared(path) for split, path in paths.items()}
 
 
+class _Processes:
+    """The trajectories' processes: when the block ends, none runs any more and none starts.
+
+    It must be left before the pool, which waits for its threads and they for these processes.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._started: list[subprocess.Popen[str]] = []
+        self._stopped = False
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._stopped = True
+            for process in self._started:
+                process.kill()  # it holds nothing but a temporary file; one that has ended is left alone
+
+    def start(self, path: Path) -> subprocess.Popen[str]:
+        """A process that reads its request on standard input and writes its snapshots to the path."""
+        package_root = str(Path(tunebench.__file__).resolve().parents[1])
+        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tunebench.workloads.trajectory", str(path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": search_path},
+            )
+            self._started.append(process)
+        return process
+
+
 def _counts(data: XtbData) -> dict[str, int]:
     frames = data.frames
     counts = {str(Split.TRAIN): frames.train, str(Split.VAL): frames.val, str(Split.TEST): frames.test}
-    if data.ood_temperature_kelvin is None:
-        if frames.ood:
-            raise WorkloadError("data.frames.ood", frames.ood, "0 without `ood_temperature_kelvin`")
-        return counts
-    if frames.ood == 0:
-        raise WorkloadError("data.frames.ood", 0, "at least 1 when `ood_temperature_kelvin` is given")
-    return {**counts, HOT: frames.ood}
+    return counts if data.ood_temperature_kelvin is None else {**counts, HOT: frames.ood}
 
 
 def _workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _run(data: XtbData, split: str, frames: int, path: Path, progress: Callable[[str], None]) -> None:
+def _run(
+    processes: _Processes, data: XtbData, split: str, frames: int, path: Path, progress: Callable[[str], None]
+) -> None:
     kelvin = data.ood_temperature_kelvin if split == HOT else data.temperature_kelvin
     request = {"data": data.model_dump(mode="json"), "split": split, "frames": frames, "kelvin": kelvin}
-    package_root = str(Path(tunebench.__file__).resolve().parents[1])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(
-        [sys.executable, "-m", "tunebench.workloads.trajectory", str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **_ONE_THREAD, "PYTHONPATH": search_path},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(request))
-        process.stdin.close()
-        last = ""
-        for line in process.stdout:
-            last = line.strip() or last
-            if last.startswith(f"{split}:"):
-                progress(f"{data.system} {last}")
+    with processes.start(path) as process:
+        last = _follow(process, json.dumps(request), split, lambda line: progress(f"{data.system} {line}"))
     if process.returncode != 0:
         found = f"{data.system} at {kelvin} K, split {split}: {last or f'exit status {process.returncode}'}"
         raise WorkloadError("data.system", found, "a system, temperature and time step that GFN2-xTB can follow")
+
+
+def _follow(process: subprocess.Popen[str], request: str, split: str, progress: Callable[[str], None]) -> str:
+    """Hand the request over, pass progress on until the output ends, and return the last line."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):  # a process that ended before it read says why in its output
+        process.stdin.write(request)
+        process.stdin.close()
+    last = ""
+    for line in process.stdout:
+        last = line.strip() or last
+        if last.startswith(f"{split}:"):
+            progress(last)
+    return last

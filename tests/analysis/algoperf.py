@@ -1,4 +1,4 @@
-"""The AlgoPerf v0.5 score (external tuning), recomputed from evaluation logs as a proof of this package's arithmetic.
+"""The AlgoPerf v0.5 score (external tuning), recomputed from evaluation logs in proof of the arithmetic of `analysis`.
 
 Rules: Dahl et al. 2023 (arXiv:2306.07179) and the public scorer of mlcommons/submissions_algorithms, whose quirks are
 kept: a study's time is that of the trial with the fewest evaluations, ties going to the lowest trial number, and the
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from analysis.statistics import median
 
 TARGET_FACTOR = 4.0
 """A workload counts as missed beyond this multiple of the fastest time, and profiles end there."""
@@ -50,7 +52,8 @@ def workload_times(times: pd.Series[float], base: list[str], held_out: Mapping[s
         base: base workloads.
         held_out: variant -> its base workload.
     """
-    table = times.groupby(level=["submission", "workload"]).median().unstack("workload").astype(np.float64)
+    medians = times.groupby(level=["submission", "workload"]).agg(lambda group: median(group.to_numpy()))
+    table = medians.unstack("workload").astype(np.float64)
     table = table.reindex(columns=[*base, *held_out]).fillna(np.inf)
     for variant, origin in held_out.items():
         table.loc[np.isinf(table[origin]), variant] = np.inf
