@@ -78,7 +78,7 @@ def plan(
     """Show what a study will do: arms, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
     from tunebench.study.plan import plan_summary
     from tunebench.study.resolve import resolve
-    from tunebench.tuning.runner import check_arms, prepare_workloads
+    from tunebench.tuning.preparation import check_arms, prepare_workloads
 
     resolved = resolve(study)
     data = prepare_workloads(resolved, _stderr())
@@ -102,7 +102,8 @@ def run(
 ) -> None:
     """Run a study, or go on where it stopped. Ctrl-C keeps everything."""
     from tunebench.study.resolve import load_run, resolve
-    from tunebench.tuning.runner import RunOptions, default_run_folder, run_study
+    from tunebench.tuning.run_folder import default_run_folder
+    from tunebench.tuning.runner import RunOptions, run_study
 
     source = study or _default_study()
     if source.is_dir():
@@ -164,7 +165,7 @@ def schema(as_json: Json = True) -> None:
 def data_make(study: StudyFile, as_json: Json = False) -> None:
     """Make or fetch the data of every workload of a study."""
     from tunebench.study.resolve import resolve
-    from tunebench.tuning.runner import prepare_workloads
+    from tunebench.tuning.preparation import prepare_workloads
 
     prepared = prepare_workloads(resolve(study), _stderr())
     rows = {
@@ -178,7 +179,7 @@ def data_make(study: StudyFile, as_json: Json = False) -> None:
 def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     """Describe the data of every workload: frames, species, energies, forces, neighbours, energy shifts."""
     from tunebench.study.resolve import resolve
-    from tunebench.tuning.runner import prepare_workloads
+    from tunebench.tuning.preparation import prepare_workloads
     from tunebench.workloads.inspection import inspect
 
     resolved = resolve(study)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +16,7 @@ from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import Decision, PerArmAsha
 from tunebench.tuning.progress import Progress
-
-_FULL_BYTES = 20 * 2**20
+from tunebench.tuning.run_folder import disk_is_full
 
 
 class Recorder(Callback):
@@ -87,10 +83,8 @@ class Recorder(Callback):
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error or "the trial's process died"
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
-        free = shutil.disk_usage(self._progress.run).free
-        if free < _FULL_BYTES or os.strerror(errno.ENOSPC) in lines[-1]:
-            # no fault of the trial, and every further one would crash too
-            raise RunStopped(f"{self._progress.run}: {free / 2**20:.0f} MiB free; free some space and run again")
+        if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
+            raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
         self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:

@@ -5,14 +5,10 @@ The journal decides what is left to do, so a first start, a second start and a s
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +17,21 @@ from rich.console import Console
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import Seeds, TrialTask
 from tunebench.study.environment import write_environment
-from tunebench.study.errors import Interrupted, RunError, RunStopped
+from tunebench.study.errors import Interrupted
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
-from tunebench.study.record import BUILDING, JOURNAL, STUDY_HASH, Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import Sampler, StudyError
+from tunebench.study.spec import Sampler
+from tunebench.tuning.preparation import check_arms, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
+from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
-from tunebench.workloads.coverage import check_labels
-from tunebench.workloads.data import PreparedData, prepare
-from tunebench.workloads.errors import WorkloadError
+from tunebench.workloads.data import PreparedData
 
-LOCK = ".lock"
 _TPE_ROUNDS = 8
-_MIN_FREE_BYTES = 200 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +47,6 @@ class RunOptions:
     address: str | None = None
 
 
-def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
-    """``PARENT/NAME-HASH``: the same study finds its run again, a changed study gets its own."""
-    return parent / f"{resolved.study.name}-{resolved.hash[:8]}"
-
-
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
     """Run whatever of the study is not yet in its journal.
 
@@ -66,71 +55,20 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
 
     Raises:
         StudyError: the data contradict the study.
-        RunError: the run directory belongs to another study, is in use, or has no room.
+        RunError: the run directory belongs to another study or other data, is in use, or has no room.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
-    _make_folder(options.run)
     terminate_like_interrupt()
-    with _locked(options.run):
-        _check_folder(resolved, options.run)
+    with held_run(resolved, options.run):
         data = prepare_workloads(resolved, console)
         if not (options.run / JOURNAL).exists():
             check_arms(resolved, data)
         run = _Run(resolved, options, data, console)
-        with leaving_ray(), _stopping_where_the_disk_is_full(options.run):
+        with leaving_ray():
             run.tune()
             run.confirm()
     return read_trials(options.run)
-
-
-def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, PreparedData]:
-    """The data of every workload by its name, built or found in the cache.
-
-    Raises:
-        StudyError: data that contradict the study, with file and key.
-    """
-    prepared = {}
-    for index, workload in enumerate(resolved.study.workloads):
-        with _naming_the_workload(resolved, index):
-            prepared[workload.name] = prepare(
-                workload.data,
-                base=resolved.file.parent,
-                progress=partial(_print_progress, console, workload.name),
-            )
-            check_labels(prepared[workload.name], workload, resolved.study.objective)
-    return prepared
-
-
-def check_arms(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> None:
-    """Build the model and the optimizer of every arm once, before any trial does.
-
-    Raises:
-        StudyError: arguments that the model's builder refuses, or an optimizer that finds nothing to do in the model.
-    """
-    from tunebench.engine.calibration import training_parts, untuned_task  # imports torch and NequIP
-
-    for arm in plan_arms(resolved):
-        index = resolved.study.workloads.index(arm.workload)
-        with _naming_the_workload(resolved, index):
-            try:
-                training_parts(replace(untuned_task(resolved, arm, data[arm.workload.name]), device="cpu"))
-            except ValueError as error:
-                raise WorkloadError("model", f"{arm.workload.model.family} for {arm.optimizer}", str(error)) from error
-
-
-@contextmanager
-def _naming_the_workload(resolved: ResolvedStudy, index: int) -> Iterator[None]:
-    """Turn a workload's error into the study's, with file and whole key."""
-    try:
-        yield
-    except WorkloadError as error:
-        key = f"workloads[{index}].{error.key}"
-        raise StudyError(resolved.file, key, error.found, error.allowed) from error
-
-
-def _print_progress(console: Console, workload: str, line: str) -> None:
-    console.print(f"{workload}: {line}", highlight=False, soft_wrap=True)
 
 
 class _Run:
@@ -145,7 +83,7 @@ class _Run:
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
         for line in changed:
             console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
-        _check_data(options.run, data)
+        check_data(options.run, data)
         self._journal = JournalWriter(options.run)
         for arm in self._arms:
             self._journal.add_arm(arm.name, {"ranked": self._study.tune.sampler is Sampler.SOBOL})
@@ -262,61 +200,3 @@ def best_configurations(records: list[TrialRecord], arm: str, count: int) -> lis
 def _rounds(trials: int) -> Iterator[range]:
     size = math.ceil(trials / _TPE_ROUNDS)
     return (range(start, min(start + size, trials)) for start in range(0, trials, size))
-
-
-def _check_folder(resolved: ResolvedStudy, run: Path) -> None:
-    if (run / STUDY_HASH).exists():
-        found = (run / STUDY_HASH).read_text(encoding="utf-8", errors="replace").strip()
-        if found != resolved.hash:
-            raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
-    elif (run / JOURNAL).exists():
-        raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")
-    else:
-        resolved.write(run)
-    free = shutil.disk_usage(run).free
-    if free < _MIN_FREE_BYTES:
-        raise RunError(
-            f"{run}: {free / 2**20:.0f} MiB free on its disk, allowed: {_MIN_FREE_BYTES / 2**20:.0f} or more"
-        )
-
-
-def _check_data(run: Path, data: dict[str, PreparedData]) -> None:
-    """Errors of one run must have been measured on the same data."""
-    if not (run / JOURNAL).exists():
-        return
-    for record in read_trials(run):
-        found, began = data[record.key.workload].hash, record.data_hash
-        if began not in (None, found):
-            raise RunError(
-                f"{run}: workload {record.key.workload} has data {found[:12]}, allowed: {began[:12]}, with which "
-                "the run began; start another run for other data"
-            )
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / LOCK).touch()
-    except OSError as error:
-        raise RunError(f"{run}: found {error.strerror}, allowed: a folder that can be written") from error
-
-
-@contextmanager
-def _stopping_where_the_disk_is_full(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunStopped(f"{run}: {error.strerror}; free some space and run again") from error
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """One driver per run directory; the lock goes with its process, however that ends."""
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{run}: another `tunebench run` is working on it, allowed: one at a time") from None
-        yield

@@ -94,7 +94,7 @@ def trial_resources(resources: Resources) -> dict[str, float]:
 
 
 def join_ray(address: str | None, resources: Resources, run: Path) -> None:
-    """Join a cluster, or start one on this machine that listens on the loopback interface only.
+    """Join a cluster, or start one on this machine, whose ports ask for the token of `set_ray_environment`.
 
     Does nothing where this process is connected already.
     """
@@ -107,7 +107,6 @@ def join_ray(address: str | None, resources: Resources, run: Path) -> None:
         return
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=_OBJECT_STORE_BYTES,

@@ -1,0 +1,66 @@
+"""Before any trial: the data of every workload, and one build of every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from rich.console import Console
+
+from tunebench.study.plan import plan_arms
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.spec import StudyError
+from tunebench.workloads.coverage import check_labels
+from tunebench.workloads.data import PreparedData, prepare
+from tunebench.workloads.errors import WorkloadError
+
+
+def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, PreparedData]:
+    """The data of every workload by its name, built or found in the cache.
+
+    Raises:
+        StudyError: data that contradict the study, with file and key.
+    """
+    prepared = {}
+    for index, workload in enumerate(resolved.study.workloads):
+        with _naming_the_workload(resolved, index):
+            prepared[workload.name] = prepare(
+                workload.data,
+                base=resolved.file.parent,
+                progress=partial(_print_progress, console, workload.name),
+            )
+            check_labels(prepared[workload.name], workload, resolved.study.objective)
+    return prepared
+
+
+def check_arms(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> None:
+    """Build the model and the optimizer of every arm once, before any trial does.
+
+    Raises:
+        StudyError: arguments that the model's builder refuses, or an optimizer that finds nothing to do in the model.
+    """
+    from tunebench.engine.calibration import training_parts, untuned_task  # imports torch and NequIP
+
+    for arm in plan_arms(resolved):
+        index = resolved.study.workloads.index(arm.workload)
+        with _naming_the_workload(resolved, index):
+            try:
+                training_parts(replace(untuned_task(resolved, arm, data[arm.workload.name]), device="cpu"))
+            except ValueError as error:
+                raise WorkloadError("model", f"{arm.workload.model.family} for {arm.optimizer}", str(error)) from error
+
+
+@contextmanager
+def _naming_the_workload(resolved: ResolvedStudy, index: int) -> Iterator[None]:
+    """Turn a workload's error into the study's, with file and whole key."""
+    try:
+        yield
+    except WorkloadError as error:
+        key = f"workloads[{index}].{error.key}"
+        raise StudyError(resolved.file, key, error.found, error.allowed) from error
+
+
+def _print_progress(console: Console, workload: str, line: str) -> None:
+    console.print(f"{workload}: {line}", highlight=False, soft_wrap=True)

@@ -1,0 +1,98 @@
+"""The run directory as a driver takes hold of it: one study, one driver, one set of data, room on the disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunebench.study.errors import Interrupted, RunError, RunStopped
+from tunebench.study.journal import read_trials
+from tunebench.study.record import JOURNAL, STUDY_HASH
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.workloads.data import PreparedData
+
+LOCK = ".lock"
+_ENOUGH_BYTES = 200 * 2**20
+_FULL_BYTES = 20 * 2**20
+
+
+def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
+    """``PARENT/NAME-HASH``: the same study finds its run again, a changed study gets its own."""
+    return parent / f"{resolved.study.name}-{resolved.hash[:8]}"
+
+
+@contextmanager
+def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
+    """Hold a run directory for this study, and turn a full disk inside the block into a stop that keeps everything.
+
+    One driver holds it at a time; the lock goes with its process, however that ends.
+
+    Raises:
+        RunError: it cannot be written, is held by another driver, belongs to another study or has no room.
+        RunStopped: the disk filled up.
+    """
+    _make(run)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run}: another `tunebench run` is working on it, allowed: one at a time") from None
+        _check_study(resolved, run)
+        try:
+            yield
+        except (RunError, RunStopped, Interrupted):
+            raise
+        except Exception as error:
+            if disk_is_full(run, str(error)):
+                raise RunStopped(f"{run}: the disk is full; free some space and run again") from error
+            raise
+
+
+def disk_is_full(run: Path, message: str) -> bool:
+    """Whether an error comes from a full disk: by its message, or because there is no room for a checkpoint."""
+    return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < _FULL_BYTES
+
+
+def check_data(run: Path, data: Mapping[str, PreparedData]) -> None:
+    """Errors of one run must have been measured on the same data.
+
+    Raises:
+        RunError: a trial of the journal was planned on other data.
+    """
+    if not (run / JOURNAL).exists():
+        return
+    for record in read_trials(run):
+        found, began = data[record.key.workload].hash, record.data_hash
+        if began not in (None, found):
+            raise RunError(
+                f"{run}: workload {record.key.workload} has data {found[:12]}, allowed: {began[:12]}, with which "
+                "the run began; start another run for other data"
+            )
+
+
+def _make(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / LOCK).touch()
+    except OSError as error:
+        raise RunError(f"{run}: found {error.strerror}, allowed: a folder that can be written") from error
+
+
+def _check_study(resolved: ResolvedStudy, run: Path) -> None:
+    if (run / STUDY_HASH).exists():
+        found = (run / STUDY_HASH).read_text(encoding="utf-8", errors="replace").strip()
+        if found != resolved.hash:
+            raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
+    elif (run / JOURNAL).exists():
+        raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")
+    else:
+        resolved.write(run)
+    free = shutil.disk_usage(run).free
+    if free < _ENOUGH_BYTES:
+        found, allowed = (f"{size / 2**20:.0f} MiB" for size in (free, _ENOUGH_BYTES))
+        raise RunError(f"{run}: found {found} free on its disk, allowed: {allowed} or more")
