@@ -26,6 +26,7 @@ from tunebench.study.spec import SplitFrames, XtbData
 from tunebench.workloads.data import prepare
 
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
 frames = SplitFrames(train=5, val=400, test=400)
 data = XtbData(source="xtb", system="water-box", molecules=2, equilibration_fs=0.0, interval_fs=1.0, frames=frames)
 prepare(data, progress=lambda line: print(line, flush=True))

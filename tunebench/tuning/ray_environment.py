@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 def set_ray_environment(address: str | None) -> None:
@@ -29,7 +30,14 @@ def set_ray_environment(address: str | None) -> None:
 def terminate_like_interrupt() -> None:
     """Let SIGTERM, as schedulers of clusters send it, end the process as Ctrl-C does: state kept, exit code 130."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    on_interrupt = signal.getsignal(signal.SIGINT)  # Tune has its own while it runs
+    if not callable(on_interrupt):  # ignored, as in a background job of a shell
+        raise KeyboardInterrupt
+    on_interrupt(signal.SIGINT, frame)
 
 
 @contextmanager
