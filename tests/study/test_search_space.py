@@ -20,6 +20,7 @@ from tunebench.study.search_space import (
     shipped_optimizers,
 )
 from tunebench.study.spec import StudyError
+from tunebench.tuning.samplers import configuration
 
 SPACES = {name: SearchSpace.load(name) for name in shipped_optimizers()}
 PARAMETERS = [
@@ -169,7 +170,7 @@ def test_true_and_one_are_different_choices() -> None:
 
 def test_one_point_of_the_unit_cube_is_one_configuration() -> None:
     space = SPACES["soap"]
-    values = space.values_at(dict.fromkeys(space.parameters, 0.5))
+    values = {**configuration(space, dict.fromkeys(space.parameters, 0.5)), **space.fixed_values()}
     assert values.keys() == READ_BY_UPDATE_RULES["soap"]
     assert values["learning_rate"] == pytest.approx(math.sqrt(2e-4 * 0.2))
 

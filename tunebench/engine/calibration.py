@@ -16,7 +16,7 @@ from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import training_module
-from tunebench.engine.task import Seeds, TrialTask
+from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import Readout, Split, Stage
 from tunebench.study.resolve import ResolvedStudy
@@ -41,25 +41,15 @@ def step_seconds(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> d
         allowed = "0 on a machine without a GPU, or a plan without measuring (--no-measure)"
         raise StudyError(resolved.file, "resources.gpus_per_trial", resolved.study.resources.gpus_per_trial, allowed)
     set_global_state()
-    torch.set_num_threads(max(int(resolved.study.resources.cpus_per_trial), 1))
+    torch.set_num_threads(resolved.study.resources.threads)
     return {arm.name: _measure(untuned_task(resolved, arm, data[arm.workload.name])) for arm in plan_arms(resolved)}
 
 
 def untuned_task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData) -> TrialTask:
     """A trial of an arm with the untuned defaults of its search space; it belongs to no run."""
-    return TrialTask(
-        key=arm.key(Stage.TUNE, 0, 0),
-        workload=arm.workload,
-        data=data,
-        hyperparameters=arm.space.defaults(),
-        averaged=arm.averaged,
-        schedule=arm.schedule,
-        objective=resolved.study.objective,
-        seeds=Seeds(**trial_seeds(resolved.study.seed, arm.workload.name, Stage.TUNE, 0)),
-        evaluation_steps=arm.evaluation_steps,
-        run=Path(),
-        device="cuda" if resolved.study.resources.gpus_per_trial > 0 else "cpu",
-    )
+    key = arm.key(Stage.TUNE, 0, 0)
+    seeds = trial_seeds(resolved.study.seed, key.workload, key.stage, key.seed_index)
+    return trial_task(resolved, arm, data, key, params=arm.space.defaults(), seeds=seeds, run=Path())
 
 
 def training_parts(task: TrialTask) -> tuple[Any, Any]:

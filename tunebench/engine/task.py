@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
+from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Objective, Schedule, Workload
 from tunebench.workloads.data import PreparedData
 
@@ -97,6 +99,35 @@ class Evaluation:
         """The inverse of `to_plain`; keys that are not an evaluation's are left out."""
         known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
         return cls(**{**known, "outcome": Reason(known["outcome"]) if known.get("outcome") else None})
+
+
+def trial_task(
+    resolved: ResolvedStudy,
+    arm: ArmPlan,
+    data: PreparedData,
+    key: TrialKey,
+    *,
+    params: Mapping[str, Any],
+    seeds: Mapping[str, int],
+    run: Path,
+) -> TrialTask:
+    """The task of one trial of an arm: what the study says of it, with these searched hyperparameters and seeds."""
+    resources = resolved.study.resources
+    return TrialTask(
+        key=key,
+        workload=arm.workload,
+        data=data,
+        hyperparameters={**params, **arm.space.fixed_values()},
+        averaged=arm.averaged,
+        schedule=arm.schedule,
+        objective=resolved.study.objective,
+        seeds=Seeds(**seeds),
+        evaluation_steps=arm.evaluation_steps,
+        run=run,
+        device=resources.device,
+        threads=resources.threads,
+        time_limit_s=resources.time_limit_s,
+    )
 
 
 Report = Callable[[Evaluation], None]

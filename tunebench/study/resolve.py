@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
+from tunebench.study.files import replacing
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
 from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
@@ -163,12 +162,8 @@ def _located(workload: Workload, folder: Path) -> tuple[Workload, list[Problem]]
 
 def _write_whole(file: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or none."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StudyError(file, "", InWords(error.strerror or error), "a folder that can be written") from None

@@ -230,11 +230,6 @@ class SearchSpace(Section):
             raise StudyError(file, "name", space.name, f"{name}, the optimizer that names this file")
         return space
 
-    def values_at(self, units: dict[str, float]) -> dict[str, Scalar]:
-        """One configuration: a share of its range for every searched hyperparameter, and what is fixed."""
-        searched = {name: parameter.value_at(units[name]) for name, parameter in self.parameters.items()}
-        return {**searched, **self.fixed_values()}
-
     def defaults(self) -> dict[str, Scalar]:
         """The configuration nobody tuned: every default, and what is fixed."""
         return {**{name: parameter.default for name, parameter in self.parameters.items()}, **self.fixed_values()}

@@ -249,6 +249,16 @@ class Resources(Section):
     )
     time_limit_s: PositiveFloat | None = Field(default=None, description="a trial that trains longer ends as TIMED_OUT")
 
+    @property
+    def threads(self) -> int:
+        """Threads of a trial's process: its whole CPU cores, at least one."""
+        return max(int(self.cpus_per_trial), 1)
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where a trial trains."""
+        return "cuda" if self.gpus_per_trial > 0 else "cpu"
+
 
 class Study(Section):
     """A study: arms = workloads x optimizers, searched, then confirmed."""

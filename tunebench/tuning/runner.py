@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
-from tunebench.engine.task import Seeds, TrialTask
+from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted
 from tunebench.study.journal import JournalWriter, read_trials
@@ -161,22 +161,8 @@ class _Run:
 
     def _task(self, record: TrialRecord) -> TrialTask:
         arm = next(arm for arm in self._arms if arm.name == record.key.arm)
-        resources = self._study.resources
-        return TrialTask(
-            key=record.key,
-            workload=arm.workload,
-            data=self._data[arm.workload.name],
-            hyperparameters={**record.params, **arm.space.fixed_values()},
-            averaged=arm.averaged,
-            schedule=arm.schedule,
-            objective=self._study.objective,
-            seeds=Seeds(**record.seeds),
-            evaluation_steps=arm.evaluation_steps,
-            run=self._options.run.resolve(),
-            device="cuda" if resources.gpus_per_trial > 0 else "cpu",
-            threads=max(math.floor(resources.cpus_per_trial), 1),
-            time_limit_s=resources.time_limit_s,
-        )
+        data, run = self._data[arm.workload.name], self._options.run.resolve()
+        return trial_task(self._resolved, arm, data, record.key, params=record.params, seeds=record.seeds, run=run)
 
 
 def best_configurations(records: list[TrialRecord], arm: str, count: int) -> list[TrialRecord]:

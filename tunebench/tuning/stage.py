@@ -101,7 +101,7 @@ def join_ray(address: str | None, resources: Resources, run: Path) -> None:
     _quiet(run)
     if ray.is_initialized():
         return
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(max(int(resources.cpus_per_trial), 1))}}
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
         return
