@@ -1,0 +1,111 @@
+"""Batched linear algebra of eigenbases: no loop over matrices, no host synchronisation, always in float64.
+
+`torch.linalg.qr` and `eigh` on CUDA go through a batch one by one (pytorch issue 143281). A refresh therefore
+orthonormalises by Cholesky factorisations, which are batched, and judges the outcome on the device.
+
+A gradient of (8, 64) gives a factor of rank 8 and leaves 56 eigenvectors undefined; libraries take whatever round-off
+makes of them, and two runs of one seed part from the first step. Here they are defined, so that a run does not depend
+on the size of the batch it is computed in, on the units of the loss, or on the machine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# An eigenvalue below this share of the largest is round-off of the stored factor.
+_NULL = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+# Largest deviation of the last Gram matrix from the identity at which one more Cholesky pass is exact to round-off.
+_LAST_PASS = 0.1
+
+
+def eigenbasis(factor: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors by descending eigenvalue; the identity where the factor is zero or not finite.
+
+    In the null space, where any basis would do, they are the eigenvectors of diag(d, ..., 2, 1) restricted to it. On
+    CUDA this waits for the device and may go through the batch one by one: for first steps only.
+
+    Args:
+        factor: symmetric, shape (..., d, d), float32 or float64.
+
+    Returns:
+        Orthonormal columns, shape and dtype of `factor`.
+    """
+    size = factor.shape[-1]
+    usable = (factor.isfinite().all(-1).all(-1) & (factor != 0).any(-1).any(-1))[..., None, None]
+    identity = torch.eye(size, dtype=torch.float64, device=factor.device)
+    wide = torch.where(usable, factor.to(torch.float64), identity)
+    values, vectors = torch.linalg.eigh(wide / wide.abs().amax((-2, -1), keepdim=True))
+    null = (values <= _NULL[factor.dtype] * values[..., -1:]).to(torch.float64)
+    ramp = torch.arange(size, 0, -1, dtype=torch.float64, device=factor.device)
+    restricted = (vectors.mT * ramp) @ vectors * null.unsqueeze(-1) * null.unsqueeze(-2)
+    # Above the ramp, and distinct, so that the others keep their places.
+    others = (size + 1 + ramp.flip(0)) * (1 - null)
+    turns = torch.linalg.eigh(restricted + torch.diag_embed(others)).eigenvectors
+    return torch.where(usable, (vectors @ turns).flip(-1), identity).to(factor.dtype)
+
+
+def power_iteration(factor: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of orthogonal iteration towards the eigenvectors, SOAP's refresh (nikhilvyas/SOAP).
+
+    The columns are sorted by their Rayleigh quotients diag(Q^T S Q), descending, multiplied by the factor and
+    orthonormalised in this order. A column that the factor maps into the span of those before it is replaced by what
+    the old column has outside the factor's range: the limit of QR((S + d I) Q) for d towards 0. A matrix for which this
+    fails (its factor is not finite) keeps its sorted basis.
+
+    Args:
+        factor: symmetric S, shape (..., d, d), float32 or float64.
+        basis: orthonormal columns Q, same shape.
+
+    Returns:
+        The new basis, of `factor`'s dtype, and the order (..., d) in which the old columns were taken, int64.
+    """
+    wide, old = factor.to(torch.float64), basis.to(torch.float64)
+    moved = wide @ old
+    quotients = (old * moved).sum(-2)
+    largest = quotients.abs().amax(-1, keepdim=True)
+    order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
+    columns = order.unsqueeze(-2).expand(old.shape)
+    old, moved = old.gather(-1, columns), moved.gather(-1, columns)
+    floor = _NULL[factor.dtype] * largest
+    # The lift only keeps the null space in the span of the columns; what round-off makes of it is replaced below.
+    lift = floor.masked_fill(largest == 0, 1.0).unsqueeze(-2)
+    found, _ = orthonormalise(moved + lift * old, passes=2)
+    live = ((found * (wide @ found)).sum(-2) > floor).unsqueeze(-2)
+    span = found * live
+    found, sound = orthonormalise(torch.where(live, found, old - span @ (span.mT @ old)), passes=2)
+    return torch.where(sound[..., None, None], found, old).to(factor.dtype), order
+
+
+def orthonormalise(matrix: torch.Tensor, passes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q of the QR decomposition with a positive diagonal of R, by shifted Cholesky-QR.
+
+    Fukaya et al., SIAM J. Sci. Comput. 42 (2020) A477. Three passes end at round-off for a condition number of the
+    normalised columns up to about 1e12, two for one up to 1e6; what lies beyond, or holds a NaN, is reported.
+
+    Args:
+        matrix: X, shape (..., n, n), float64.
+        passes: number of Cholesky factorisations.
+
+    Returns:
+        Q, and whether it is orthonormal, shape (...).
+    """
+    size = matrix.shape[-1]
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    x = matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
+    # The shift covers the rounding of the Gram matrix of unit columns. The paper's bound, 11 (n^2 + n) eps |X|^2, is
+    # far above what occurs, and a needlessly large shift costs a pass.
+    gram = x.mT @ x + 10 * size * torch.finfo(matrix.dtype).eps * identity
+    for _ in range(passes - 1):
+        x = _triangular_pass(x, gram)
+        gram = x.mT @ x
+    # Each pass multiplies X by a triangular matrix, whatever came of the factorisation, so Q stays that of QR and this
+    # one check does. A NaN fails the comparison.
+    sound = ((gram - identity).abs() < _LAST_PASS).all(-1).all(-1)
+    return _triangular_pass(x, gram), sound
+
+
+def _triangular_pass(x: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    lower = torch.linalg.cholesky_ex(gram, check_errors=False).L
+    solved: torch.Tensor = torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False)
+    return solved

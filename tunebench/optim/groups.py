@@ -1,0 +1,73 @@
+"""Parameter groups that carry their blocks, as plain data that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tunebench.optim.blocks import Block, View
+from tunebench.optim.matrix_view import FctpView, matrix_view, trainable_parameters
+
+PlainBlock = tuple[str, int, tuple[int, ...], tuple[int, ...], str]
+"""Path, offset, shape, strides and view of a block; its parameter is known from where it stands."""
+
+
+def matrix_groups(
+    model: torch.nn.Module, *, fctp_view: str = FctpView.MERGED, split_heads: bool = False
+) -> list[dict[str, Any]]:
+    """One parameter group with all trainable weights of a NequIP or Allegro model and their blocks.
+
+    In a `nequip-train` config, beside the optimizer's `_target_`:
+    ``param_groups: {_target_: tunebench.optim.matrix_groups, fctp_view: merged}``.
+
+    Args:
+        model: the model, or a module that contains it.
+        fctp_view: flat, per_type or merged, see `FctpView`.
+        split_heads: cut fused heads per tensor-product path.
+
+    Raises:
+        ValueError: an unknown view, a tensor of unknown meaning, or no matrix in the whole model.
+    """
+    if fctp_view not in list(FctpView):
+        raise ValueError(f"fctp_view: found {fctp_view!r}, allowed: {', '.join(FctpView)}")
+    blocks = matrix_view(model, fctp_view=FctpView(fctp_view), split_heads=split_heads)
+    if not any(block.is_matrix for block in blocks):
+        raise ValueError("matrix_groups: found no matrix in this model, allowed: at least one")
+    parameters = trainable_parameters(model)
+    plain: dict[str, list[PlainBlock]] = {name: [] for name in parameters}
+    for b in blocks:
+        plain[b.parameter].append((b.path, b.offset, b.shape, b.strides, b.view.value))
+    group = {
+        "params": list(parameters.values()),
+        "names": tuple(parameters),
+        "blocks": tuple(tuple(found) for found in plain.values()),
+    }
+    return [group]
+
+
+def group_blocks(group: Mapping[str, Any]) -> list[Block]:
+    """The blocks of a parameter group, named as in `group_names`.
+
+    Where the group carries none, a tensor of two axes is a matrix (in, out) and any other a vector.
+    """
+    names = group_names(group)
+    if group.get("blocks") is None:
+        shaped = zip(names, (tuple(p.shape) for p in group["params"]), strict=True)
+        return [Block.whole(name, shape, View.MATRIX if _is_map(shape) else View.VECTOR) for name, shape in shaped]
+    return [
+        Block(name, path, offset, tuple(shape), tuple(strides), View(view))
+        for name, plain in zip(names, group["blocks"], strict=True)
+        for path, offset, shape, strides, view in plain
+    ]
+
+
+def group_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a group's parameters: the group's own, else their position."""
+    names = group.get("names")
+    return tuple(f"{index:06d}" for index in range(len(group["params"]))) if names is None else tuple(names)
+
+
+def _is_map(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and min(shape) > 1

@@ -1,0 +1,214 @@
+"""Packing: all weights of a model as a few long vectors in which equal blocks lie side by side.
+
+Update rules work on these vectors. An elementwise operation is then one kernel for the whole model, and blocks of one
+shape are one batched matrix product. Matrices that are taller than wide are stored transposed, so (64, 32) and
+(32, 64) share a bucket.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tunebench.optim.blocks import Block
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Blocks of one shape, contiguous in a segment.
+
+    Attributes:
+        start: first element in the segment.
+        count: number of blocks.
+        batch: matrices per block (they share a preconditioner); 1 but for the per-type view.
+        rows, cols: of each matrix, rows <= cols; a vector has one row.
+        upright: the first `upright` blocks are stored (in, out) = (rows, cols), the others transposed.
+    """
+
+    start: int
+    count: int
+    batch: int
+    rows: int
+    cols: int
+    upright: int
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last element in the segment."""
+        return self.start + self.count * self.batch * self.rows * self.cols
+
+    def of(self, segment: torch.Tensor) -> torch.Tensor:
+        """The bucket of a segment, shape (count, batch, rows, cols); a view."""
+        return segment[self.start : self.stop].reshape(self.count, self.batch, self.rows, self.cols)
+
+    def maps(self) -> list[tuple[int, int]]:
+        """(in, out) of each block."""
+        upright = [(self.rows, self.cols)] * self.upright
+        return upright + [(self.cols, self.rows)] * (self.count - self.upright)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One packed vector: the blocks of one dtype and one rule.
+
+    Attributes:
+        name: key of the vector in a packed dictionary.
+        dtype: of the weights.
+        is_matrix: whether the matrix rule treats it.
+        blocks: in packed order.
+        buckets: cover the vector in order, without gaps.
+    """
+
+    name: str
+    dtype: torch.dtype
+    is_matrix: bool
+    blocks: tuple[Block, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the vector."""
+        return sum(block.numel for block in self.blocks)
+
+    def block_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the elements of each block: (numel,) to (blocks,)."""
+        return torch.cat([bucket.of(values).flatten(1).sum(1) for bucket in self.buckets])
+
+    def spread(self, per_block: torch.Tensor) -> torch.Tensor:
+        """One value per block to all elements of the block: (blocks,) to (numel,)."""
+        first, pieces = 0, []
+        for bucket in self.buckets:
+            values = per_block[first : first + bucket.count].unsqueeze(1)
+            pieces.append(values.expand(-1, bucket.batch * bucket.rows * bucket.cols).reshape(-1))
+            first += bucket.count
+        return torch.cat(pieces)
+
+
+class Packing:
+    """The fixed map between a model's named tensors and packed vectors.
+
+    Args:
+        parameters: name to tensor (only shape and dtype are read), in any order.
+        blocks: cover every element of every parameter exactly once.
+
+    Attributes:
+        segments: the packed vectors; one per dtype and rule, none of them empty.
+
+    Raises:
+        ValueError: an element is covered twice or not at all, or a block belongs to no parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], blocks: Iterable[Block]) -> None:
+        # Sorted, so that neither the order of parameters nor that of blocks changes a result.
+        self._shapes = {name: torch.Size(parameters[name].shape) for name in sorted(parameters)}
+        self._dtypes = {name: parameters[name].dtype for name in self._shapes}
+        ordered = sorted(blocks, key=lambda block: (block.parameter, block.offset, block.path))
+        _check_cover(self._shapes, ordered)
+        groups: dict[tuple[torch.dtype, bool], list[Block]] = defaultdict(list)
+        for block in ordered:
+            groups[self._dtypes[block.parameter], block.is_matrix].append(block)
+        self.segments = tuple(
+            _segment(dtype, is_matrix, groups[dtype, is_matrix])
+            for dtype, is_matrix in sorted(groups, key=lambda key: (str(key[0]), not key[1]))
+        )
+        self._names = {dtype: [n for n in self._shapes if self._dtypes[n] is dtype] for dtype in self._dtypes.values()}
+        self._indices = self._selections()
+
+    @classmethod
+    def elementwise(cls, parameters: Mapping[str, torch.Tensor]) -> Packing:
+        """One vector per dtype, one block per parameter: for rules that never look at a shape."""
+        return cls(parameters, [Block.whole(name, (p.numel(),)) for name, p in parameters.items()])
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks, in packed order."""
+        return tuple(block for segment in self.segments for block in segment.blocks)
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Named tensors, shaped as the parameters, to one vector per segment; works under `vmap`."""
+        flat = {dtype: torch.cat([tensors[name].reshape(-1) for name in names]) for dtype, names in self._names.items()}
+        return {segment.name: self._select(flat[segment.dtype], segment.name) for segment in self.segments}
+
+    def unpack(self, packed: Mapping[str, torch.Tensor]) -> Tensors:
+        """The inverse of `pack`; the tensors may share storage."""
+        tensors: Tensors = {}
+        for dtype, names in self._names.items():
+            joined = torch.cat([packed[segment.name] for segment in self.segments if segment.dtype is dtype])
+            pieces = torch.split(self._select(joined, str(dtype)), [self._shapes[name].numel() for name in names])
+            tensors |= {name: piece.view(self._shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+        return tensors
+
+    def _select(self, flat: torch.Tensor, what: str) -> torch.Tensor:
+        index = self._indices[what]
+        if index is None:
+            return flat
+        if index.device != flat.device:
+            index = self._indices[what] = index.to(flat.device)
+        return flat.index_select(0, index)
+
+    def _selections(self) -> dict[str, torch.Tensor | None]:
+        """Positions to select, by segment from all weights of its dtype and by dtype back; None where all stay put."""
+        found: dict[str, torch.Tensor] = {}
+        sizes: dict[str, int] = {}
+        for dtype, names in self._names.items():
+            starts, total = {}, 0
+            for name in names:
+                starts[name] = total
+                total += self._shapes[name].numel()
+            own = {s.name: _segment_index(s, starts) for s in self.segments if s.dtype is dtype}
+            found |= own | {str(dtype): torch.argsort(torch.cat(list(own.values())))}
+            sizes |= dict.fromkeys((*own, str(dtype)), total)
+        stays = {what: torch.equal(index, torch.arange(sizes[what])) for what, index in found.items()}
+        return {what: None if stays[what] else index for what, index in found.items()}
+
+
+def _check_cover(shapes: Mapping[str, torch.Size], blocks: Sequence[Block]) -> None:
+    counts = {name: torch.zeros(shape.numel(), dtype=torch.int64) for name, shape in shapes.items()}
+    for block in blocks:
+        if block.parameter not in counts:
+            raise ValueError(f"block of {block.parameter}: found no such parameter, allowed: {', '.join(counts)}")
+        index = block.index().reshape(-1)
+        if index.numel() and int(index.max()) >= counts[block.parameter].numel():
+            raise ValueError(
+                f"{block.parameter}: found a block that ends at element {int(index.max())}, beyond its end"
+            )
+        counts[block.parameter].index_add_(0, index, torch.ones_like(index))
+    for name, count in counts.items():
+        if not bool((count == 1).all()):
+            wrong = int((count != 1).sum())
+            raise ValueError(f"{name}: found {wrong} elements in no block or in several, allowed: each in exactly one")
+
+
+def _segment(dtype: torch.dtype, is_matrix: bool, blocks: Sequence[Block]) -> Segment:
+    alike: dict[tuple[int, int, int], list[Block]] = defaultdict(list)
+    for block in blocks:
+        batch, rows, cols = block.matrices
+        alike[batch, min(rows, cols), max(rows, cols)].append(block)
+    ordered: list[Block] = []
+    buckets: list[Bucket] = []
+    start = 0
+    for shape in sorted(alike):
+        upright = [block for block in alike[shape] if not _is_tall(block)]
+        ordered += upright + [block for block in alike[shape] if _is_tall(block)]
+        buckets.append(Bucket(start, len(alike[shape]), *shape, upright=len(upright)))
+        start = buckets[-1].stop
+    rule = "matrix" if is_matrix else "auxiliary"
+    return Segment(f"{rule} {str(dtype).removeprefix('torch.')}", dtype, is_matrix, tuple(ordered), tuple(buckets))
+
+
+def _segment_index(segment: Segment, starts: Mapping[str, int]) -> torch.Tensor:
+    pieces = []
+    for block in segment.blocks:
+        index = block.index() + starts[block.parameter]
+        pieces.append((index.mT if _is_tall(block) else index).reshape(-1))
+    return torch.cat(pieces)
+
+
+def _is_tall(block: Block) -> bool:
+    _, rows, cols = block.matrices
+    return rows > cols

@@ -1,0 +1,242 @@
+"""SOAP: Adam in the eigenbases of Shampoo's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from tunebench.optim.eigenbasis import eigenbasis, power_iteration
+from tunebench.optim.factors import Factors, Sides
+from tunebench.optim.packing import Packing, Segment, Tensors
+from tunebench.optim.rule import Hyper, Phase, scalar
+
+
+class Basis(StrEnum):
+    """Whether a gradient is rotated by a basis of PAST gradients only, or by one that includes it (CURRENT)."""
+
+    PAST = "past"
+    CURRENT = "current"
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """Scalars of one step of Adam that skips its first call, zero-dimensional float64.
+
+    As in SOAP, the bias corrections are folded into the step and epsilon is added to the uncorrected root.
+
+    Attributes:
+        beta1, beta2: decay rates; 1 at the skipped step.
+        eps: epsilon.
+        amount: negative step length; 0 at the skipped step.
+        keep: what decoupled weight decay leaves of a weight; 1 at the skipped step.
+    """
+
+    beta1: torch.Tensor
+    beta2: torch.Tensor
+    eps: torch.Tensor
+    amount: torch.Tensor
+    keep: torch.Tensor
+
+    @classmethod
+    def at(cls, step: torch.Tensor, hyper: Hyper, prefix: str = "") -> AdamStep:
+        """Of step number `step` (from 1), with the settings of the matrix rule (no prefix) or of the rest (`aux_`)."""
+        first = step == 1
+        rate = hyper["learning_rate"] * hyper["aux_learning_rate_ratio"] if prefix else hyper["learning_rate"]
+        beta1, beta2 = hyper[f"{prefix}beta1"], hyper[f"{prefix}beta2"]
+        corrected = rate * torch.sqrt(1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1))
+        keep = 1 - rate * hyper[f"{prefix}weight_decay"]
+        # masked_fill, not where: a Python scalar in where is copied to the device, which a CUDA graph cannot hold.
+        return cls(
+            beta1=beta1.masked_fill(first, 1.0),
+            beta2=beta2.masked_fill(first, 1.0),
+            eps=hyper[f"{prefix}eps"],
+            amount=-corrected.masked_fill(first, 0.0),
+            keep=keep.masked_fill(first, 1.0),
+        )
+
+    def average(self, exp_avg: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The running average with one more gradient."""
+        return torch.lerp(exp_avg, grad, scalar(1 - self.beta1, grad))
+
+    def average_square(self, exp_avg_sq: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The running average of squares with one more gradient."""
+        return torch.addcmul(exp_avg_sq * scalar(self.beta2, grad), grad, grad * scalar(1 - self.beta2, grad))
+
+    def normalised(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
+        """Adam's direction, the average over the root of the average square."""
+        return exp_avg / (torch.sqrt(exp_avg_sq) + scalar(self.eps, exp_avg))
+
+    def applied(self, weight: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        """The weight after the step, and after that decayed."""
+        return torch.addcmul(weight, direction, scalar(self.amount, weight)) * scalar(self.keep, weight)
+
+
+class Vectors(NamedTuple):
+    """One segment before or after a step, each (numel,); `exp_avg_sq` is in the eigenbasis."""
+
+    weight: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Soap:
+    """SOAP (arXiv:2409.11321, algorithm 3) as its authors' code runs it (nikhilvyas/SOAP, a1e5535).
+
+    The first step of a slot only sets up the bases: no update, no decay, and Adam's count starts at the second. Blocks
+    that are no matrices get the same Adam unrotated. The first moment is kept unrotated, so a new basis only reorders
+    the second. Factors need no bias correction, since only their eigenvectors count.
+
+    Attributes:
+        packing: how weights are packed.
+        max_precondition_dim: an axis longer than this is not rotated.
+        sides: rotate both axes or the smaller one.
+        basis: PAST is the published order; CURRENT lets the gradient into the factors, and when a refresh is due into
+            the basis, before it is rotated (arXiv:2607.20548 traces loss spikes to leaving it out).
+        basis_warmup_steps: refresh at each of the first so many steps after the set-up.
+    """
+
+    packing: Packing
+    max_precondition_dim: int = 10000
+    sides: Sides = Sides.TWO
+    basis: Basis = Basis.PAST
+    basis_warmup_steps: int = 0
+
+    hyperparameters: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "shampoo_beta",
+        "precondition_frequency",
+        "aux_learning_rate_ratio",
+        "aux_beta1",
+        "aux_beta2",
+        "aux_eps",
+        "aux_weight_decay",
+    )
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Layout of the factors and their bases."""
+        return Factors(self.packing, self.max_precondition_dim, self.sides)
+
+    def init(self, params: Tensors) -> Tensors:
+        """State before the first step.
+
+        `exp_avg/segment` and `exp_avg_sq/segment` (numel,), the latter in the eigenbasis; `factor/dtype/d` and
+        `basis/dtype/d` (matrices, d, d).
+        """
+        device = next(iter(params.values())).device
+        moments = {f"{moment}/{s}": torch.zeros_like(params[s]) for moment in ("exp_avg", "exp_avg_sq") for s in params}
+        return moments | _keyed("factor", self.factors.zeros(device)) | _keyed("basis", self.factors.identities(device))
+
+    def phase(self, step: int, hyper: Mapping[str, float]) -> Phase:
+        """START at a slot's first step, REFRESH when its bases are due, else PLAIN."""
+        count = step - 1
+        if count == 0:
+            return Phase.START
+        due = count % max(1, round(hyper["precondition_frequency"])) == 0 or count <= self.basis_warmup_steps
+        return Phase.REFRESH if due else Phase.PLAIN
+
+    def update(
+        self,
+        grads: Tensors,
+        state: Tensors,
+        params: Tensors,
+        hyper: Hyper,
+        step: torch.Tensor,
+        phase: Phase = Phase.PLAIN,
+    ) -> tuple[Tensors, Tensors]:
+        """One step, see `UpdateRule.update`."""
+        factors, fresh, orders = self._refreshed(grads, state, hyper, step, phase)
+        bases = fresh if self.basis is Basis.CURRENT else _unkeyed("basis", state)
+        matrix_step, auxiliary_step = self.matrix_scalars(step, hyper), AdamStep.at(step, hyper, "aux_")
+        weights: Tensors = {}
+        new = _keyed("factor", factors) | _keyed("basis", fresh)
+        for segment in self.packing.segments:
+            name = segment.name
+            old = Vectors(params[name], grads[name], state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"])
+            if segment.is_matrix:
+                if self.basis is Basis.CURRENT:
+                    old = self._reordered(segment, old, orders)
+                moved = self.matrix_step(segment, old, matrix_step, bases)
+                if self.basis is Basis.PAST:
+                    moved = self._reordered(segment, moved, orders)
+            else:
+                moved = _auxiliary_step(old, auxiliary_step)
+            weights[name] = moved.weight
+            new[f"exp_avg/{name}"], new[f"exp_avg_sq/{name}"] = moved.exp_avg, moved.exp_avg_sq
+        return weights, new
+
+    def matrix_scalars(self, step: torch.Tensor, hyper: Hyper) -> AdamStep:
+        """The scalars that `matrix_step` is given."""
+        return AdamStep.at(step, hyper)
+
+    def matrix_step(self, segment: Segment, old: Vectors, scalars: AdamStep, bases: Tensors) -> Vectors:
+        """Weights and moments of one matrix segment after this step, in these bases."""
+        exp_avg = scalars.average(old.exp_avg, old.grad)
+        rotated = self.factors.rotate(segment, old.grad, bases)
+        exp_avg_sq = scalars.average_square(old.exp_avg_sq, rotated)
+        whitened = scalars.normalised(self.factors.rotate(segment, exp_avg, bases), exp_avg_sq)
+        direction = self.direction(segment, whitened, bases)
+        return Vectors(scalars.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
+
+    def direction(self, segment: Segment, whitened: torch.Tensor, bases: Tensors) -> torch.Tensor:
+        """What weights move along, given Adam's direction in the eigenbasis: here that direction rotated back."""
+        return self.factors.rotate_back(segment, whitened, bases)
+
+    def _reordered(self, segment: Segment, vectors: Vectors, orders: Tensors) -> Vectors:
+        if not orders:
+            return vectors
+        return vectors._replace(exp_avg_sq=self.factors.permute(segment, vectors.exp_avg_sq, orders))
+
+    def _refreshed(
+        self, grads: Tensors, state: Tensors, hyper: Hyper, step: torch.Tensor, phase: Phase
+    ) -> tuple[Tensors, Tensors, Tensors]:
+        """Factors with the new gradient, their bases, and how the columns were reordered (empty if they were not)."""
+        share = 1 - hyper["shampoo_beta"]
+        factors = {
+            group: torch.lerp(state[f"factor/{group}"], gram, scalar(share, gram))
+            for group, gram in self.factors.grams(grads).items()
+        }
+        bases = _unkeyed("basis", state)
+        orders: Tensors = {}
+        if phase is Phase.PLAIN:
+            return factors, bases, orders
+        due = self._due(step, hyper)
+        for group, factor in factors.items():
+            basis, order = power_iteration(factor, bases[group])
+            basis = torch.where(due, basis, bases[group])
+            if phase is Phase.START:
+                basis = torch.where(step == 1, eigenbasis(factor), basis)
+            bases[group] = basis
+            orders[group] = torch.where(due, order, torch.arange(order.shape[-1], device=order.device))
+        return factors, bases, orders
+
+    def _due(self, step: torch.Tensor, hyper: Hyper) -> torch.Tensor:
+        count = step - 1
+        frequency = torch.round(hyper["precondition_frequency"]).to(torch.int64).clamp_min(1)
+        return (count > 0) & ((count % frequency == 0) | (count <= self.basis_warmup_steps))
+
+
+def _auxiliary_step(old: Vectors, scalars: AdamStep) -> Vectors:
+    exp_avg = scalars.average(old.exp_avg, old.grad)
+    exp_avg_sq = scalars.average_square(old.exp_avg_sq, old.grad)
+    direction = scalars.normalised(exp_avg, exp_avg_sq)
+    return Vectors(scalars.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
+
+
+def _keyed(kind: str, stacks: Tensors) -> Tensors:
+    return {f"{kind}/{group}": stack for group, stack in stacks.items()}
+
+
+def _unkeyed(kind: str, state: Tensors) -> Tensors:
+    return {key.removeprefix(f"{kind}/"): stack for key, stack in state.items() if key.startswith(f"{kind}/")}
