@@ -70,7 +70,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
             ("the test split was opened by the confirm stage only", _test_leaks(run, workload)),
             ("finished confirm trials have test errors", _no_test(run, workload)),
             ("arms share seeds (F9)", _unequal_seeds(run, workload)),
-            ("every arm's own rule acts on some weights (F10)", _idle_rules(run, workload)),
+            ("every arm's own rule treats the weights it should (F10)", _other_weights(run, workload)),
         )
         protocol = (
             ("arms were given equal tuning budgets (F2)", _unequal_budget(run, workload)),
@@ -177,10 +177,12 @@ def _unequal_seeds(run: Run, workload: str) -> Iterator[str]:
             yield f"seed {index}: arms differ in {name}"
 
 
-def _idle_rules(run: Run, workload: str) -> Iterator[str]:
+def _other_weights(run: Run, workload: str) -> Iterator[str]:
     for trial in _workload_trials(run, workload):
         shares = rule_shares(trial)
-        if shares and shares.get(trial.key.optimizer, 0.0) <= 0.0:
+        if trial.reason is Reason.MISMATCHED:
+            yield f"{trial.key.trial_id}: {trial.detail.get('message')}"
+        elif shares and shares.get(trial.key.optimizer, 0.0) <= 0.0:
             yield f"{trial.key.trial_id}: no weight is under {trial.key.optimizer}, found {', '.join(sorted(shares))}"
 
 

@@ -52,6 +52,7 @@ REASON_COLOURS = {
     Reason.CRASHED: "#67001F",
     Reason.PREEMPTED: "#FDDBC7",
     Reason.TIMED_OUT: "#8C6D31",
+    Reason.MISMATCHED: "#762A83",
 }
 REASON_WORDS = {
     Reason.FINISHED: "finished",
@@ -61,6 +62,7 @@ REASON_WORDS = {
     Reason.CRASHED: "crashed",
     Reason.PREEMPTED: "preempted",
     Reason.TIMED_OUT: "timed out",
+    Reason.MISMATCHED: "treated other weights",
 }
 
 _RC: dict[Any, Any] = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.analysis.synthetic_run import Plan, write_run
-from tests.study.broken_studies import BROKEN, BrokenStudy
+from tests.study.broken_studies import BROKEN, BrokenStudy, quickstart
 from tunebench.cli import BAD_INPUT, DONE, run_command
 from tunebench.study.journal import read_trials
+from tunebench.study.spec import XtbData
+from tunebench.study.strict_yaml import write_yaml
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.id)
@@ -50,6 +53,7 @@ def test_the_installed_command_reports_bad_input_without_a_traceback(tmp_path: P
         ["status", "nowhere"],
         ["explain", "x", "nowhere"],
         ["report", "nowhere"],
+        ["inspect", "nowhere.yaml"],
         ["fly"],
         ["plan"],
     ],
@@ -103,3 +107,85 @@ def test_report_names_its_page(synthetic_run: Path, tmp_path: Path, capsys: pyte
     answer = json.loads(capsys.readouterr().out)
     assert Path(answer["report"]) == tmp_path / "index.html"
     assert json.loads(Path(answer["ranking"]).read_text())["workloads"]
+
+
+@pytest.fixture
+def small_study(tmp_path: Path, tiny_ethanol: XtbData) -> Path:
+    """The quickstart on a few frames; its NequIP has parity."""
+    study = quickstart()
+    for workload in study["workloads"]:
+        workload["data"] = tiny_ethanol.model_dump(mode="json")
+        workload["batch_size"] = 2
+    study["workloads"][0]["model"]["arguments"] = {"parity": True, "num_layers": 3, "num_features": 4}
+    file = tmp_path / "study.yaml"
+    file.write_text(write_yaml(study))
+    return file
+
+
+def test_inspect_tells_the_blocks_of_every_workload(small_study: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_command(["inspect", str(small_study), "--json"]) == DONE
+    nequip, allegro = json.loads(capsys.readouterr().out)
+    assert (nequip["workload"], allegro["workload"]) == ("ethanol-nequip", "ethanol-allegro")
+    for inspection in (nequip, allegro):
+        assert sum(row["parameters"] for row in inspection["blocks"]) == inspection["parameters"]
+    assert any(row["live_share"] == 0 for row in nequip["blocks"])
+    assert nequip["live_parameters"] < nequip["parameters"]
+    assert all(row["live_share"] == 1 for row in allegro["blocks"])
+    reach = {row["chosen_by"]: row["parameters"] for row in allegro["reach"]}
+    assert reach["nequip.model.MuonParamGroups"] == 0 < reach["fctp_view merged"]
+
+
+def test_inspect_prints_a_table_and_writes_the_same_rows_as_csv(
+    small_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    only = ["--workload", "ethanol-nequip", "--fctp-view", "per_type", "--split-heads"]
+    file = tmp_path / "blocks.csv"
+    assert run_command(["inspect", str(small_study), *only, "--csv", str(file)]) == DONE
+    table = capsys.readouterr().out
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["workload"] for row in rows} == {"ethanol-nequip"}
+    assert {"per_type", "matrix", "vector"} == {row["view"] for row in rows}
+    assert {"dead", "live"} <= {row["gradient"] for row in rows}
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1.0, abs=1e-9)
+    for row in rows:
+        assert row["tensor"] in table
+        assert row["path"] in table
+    assert "ethanol-allegro" not in table
+    assert "nequip.model.MuonParamGroups" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--workload", "water"], "ethanol-nequip, ethanol-allegro"),
+        (["--fctp-view", "round"], "per_type"),
+        (["--csv", "nowhere/blocks.csv"], "nowhere/blocks.csv"),
+    ],
+)
+def test_inspect_refuses_what_it_does_not_know_in_one_line(
+    arguments: list[str],
+    named: str,
+    small_study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(small_study.parent)
+    assert run_command(["inspect", str(small_study), *arguments]) == BAD_INPUT
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert named in captured.err.strip().splitlines()[-1]
+
+
+def test_inspect_names_the_argument_that_a_model_refuses(small_study: Path, capsys: pytest.CaptureFixture[str]):
+    small_study.write_text(small_study.read_text().replace("num_layers: 3", "num_layers: 0"))
+    assert run_command(["inspect", str(small_study)]) == BAD_INPUT
+    assert "workloads[0].model.arguments: found" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_views_on_offer_are_the_views_there_are(capsys: pytest.CaptureFixture[str]):
+    from tunebench.optim.matrix_view import FctpView
+
+    assert run_command(["inspect", "study.yaml", "--fctp-view", "?"]) == BAD_INPUT
+    line = capsys.readouterr().err
+    assert ", ".join(f"'{view}'" for view in FctpView) in line

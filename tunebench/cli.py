@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from tunebench import __version__
@@ -153,6 +154,34 @@ def report_command(
     _fail_for_checks(summary)
 
 
+@app.command("inspect")
+def inspect_command(
+    study: StudyFile,
+    workload: Annotated[str | None, typer.Option(help="one workload by name, else all")] = None,
+    fctp_view: Annotated[
+        Literal["flat", "per_type", "merged"], typer.Option(help="how FullyConnectedTensorProduct weights are read")
+    ] = "merged",
+    split_heads: Annotated[bool, typer.Option("--split-heads", help="cut fused last layers by output")] = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="also write the blocks to this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an optimizer sees of each workload's model: its blocks, their rule, their share, dead or live."""
+    from tunebench.optim.inspection import chosen_workloads, inspect_workload
+    from tunebench.optim.matrix_view import FctpView
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.preparation import prepare_workloads
+
+    resolved = resolve(study)
+    chosen = chosen_workloads(resolved, workload)
+    data = prepare_workloads(resolved, _stderr())
+    view = FctpView(fctp_view)
+    found = (inspect_workload(resolved, i, data, fctp_view=view, split_heads=split_heads) for i in chosen)
+    rows = [inspection.to_plain() for inspection in found]
+    if csv_file:
+        _write_blocks(csv_file, rows)
+    _print(rows, as_json, lambda all_rows: Group(*(table for each in all_rows for table in _block_tables(each))))
+
+
 @app.command()
 def schema(as_json: Json = True) -> None:
     """Print the JSON-Schema of study files, with or without --json."""
@@ -252,6 +281,40 @@ def _status_table(summary: dict[str, Any]) -> Table:
         counts = (row[name] for name in ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed"))
         table.add_row(row["arm"], row["stage"], *map(str, counts), best)
     return table
+
+
+def _block_tables(inspection: dict[str, Any]) -> tuple[Table, Table]:
+    live = inspection["live_parameters"] / inspection["parameters"]
+    title = f"{inspection['workload']}: {inspection['parameters']} parameters, {100 * live:.2f} % live"
+    blocks = Table(title=title, title_justify="left", caption=inspection["evidence"], caption_justify="left")
+    for column in ("tensor", "path", "shape", "view", "rule", "share [%]", "gradient"):
+        blocks.add_column(column, justify="right" if column == "share [%]" else "left", overflow="fold")
+    for row in inspection["blocks"]:
+        shape, share = " x ".join(map(str, row["shape"])), f"{100 * row['share']:.3f}"
+        blocks.add_row(row["tensor"], row["path"], shape, row["view"], row["rule"], share, _gradient(row))
+    reach = Table(title=f"{inspection['workload']}: under the matrix rule", title_justify="left")
+    for column in ("matrices chosen by", "parameters", "of all [%]", "of live [%]"):
+        reach.add_column(column, justify="left" if column == "matrices chosen by" else "right")
+    for row in inspection["reach"]:
+        shares = (f"{100 * row[name]:.2f}" for name in ("share", "share_of_live"))
+        reach.add_row(row["chosen_by"], str(row["parameters"]), *shares)
+    return blocks, reach
+
+
+def _write_blocks(file: Path, inspections: list[dict[str, Any]]) -> None:
+    names = ("workload", "tensor", "path", "shape", "view", "rule", "parameters", "share", "gradient")
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, names, extrasaction="ignore")
+        writer.writeheader()
+        for each in inspections:
+            for row in each["blocks"]:
+                shape = "x".join(map(str, row["shape"]))
+                writer.writerow({**row, "workload": each["workload"], "shape": shape, "gradient": _gradient(row)})
+
+
+def _gradient(row: dict[str, Any]) -> str:
+    live = float(row["live_share"])
+    return "dead" if live == 0 else "live" if live == 1 else f"{100 * live:.1f} % live"
 
 
 def _stdout() -> Console:

@@ -12,7 +12,7 @@ from analysis.checks import Status, run_checks
 from analysis.load import Run, load
 from analysis.ranking import rank
 from tests.analysis.synthetic_run import Plan, write_run
-from tunebench.study.record import CURVES, Stage, TrialRecord
+from tunebench.study.record import CURVES, Reason, Stage, TrialRecord
 
 ARMS = {"adamw": (0.03, 0.031, 0.032, 0.033, 0.034), "muon": (0.02, 0.021, 0.022, 0.023, 0.024)}
 VICTIM = "ethanol-nequip.muon.confirm.c001.s2"
@@ -48,6 +48,10 @@ def test_sound_run_has_a_winner_and_no_failed_check(sound: Run) -> None:
         (
             lambda trial: {"groups": [{"rule": "adamw", "share": 1.0}]},
             f"{VICTIM}: no weight is under muon, found adamw",
+        ),
+        (
+            lambda trial: {"reason": Reason.MISMATCHED, "detail": {"message": "muon: found muon on 3 matrix blocks"}},
+            f"{VICTIM}: muon: found muon on 3 matrix blocks",
         ),
         (lambda trial: {"data_hash": "5eed" * 16}, f"{VICTIM}: data 5eed5eed5eed, but 21 of 22 have "),
         (lambda trial: {"key": dataclasses.replace(trial.key, stage=Stage.TUNE)}, "has errors on ood:hot, test"),

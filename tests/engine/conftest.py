@@ -52,6 +52,7 @@ def make_task(tmp_path: Path, tiny_ethanol: XtbData, prepared_ethanol: PreparedD
             seeds=Seeds(init=1, order=2, labels=3),
             evaluation_steps=evaluation_steps,
             run=tmp_path / name,
+            treats=space.treats,
         )
 
     return make

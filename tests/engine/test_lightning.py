@@ -14,7 +14,7 @@ from tunebench.engine.checkpoints import FINAL, checkpoint_folder, load_checkpoi
 from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
 from tunebench.study.record import CURVES, Readout, Reason, Stage
-from tunebench.study.search_space import available_optimizers
+from tunebench.study.search_space import Treats, available_optimizers
 
 COLUMNS = ["step", "split", "metric", "readout", "value"]
 
@@ -135,6 +135,29 @@ def test_the_final_checkpoint_opens_with_nequips_own_tools_and_holds_the_average
     errors = split_errors(model, loader, stress=False)
     for metric, value in errors.items():
         assert value == pytest.approx(reports[-1].errors["test"][task.averaged][metric], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes", "treats", "line"),
+    [
+        ("soap", {"max_precondition_dim": 1}, Treats.MATRICES, "soap: found soap on 0 blocks (0.00 % of the weights)"),
+        ("muon", {}, Treats.ALL, "muon: found muon on 10 matrix and 1 merged blocks (99."),
+    ],
+)
+def test_a_trial_whose_rule_treats_other_weights_than_promised_ends_before_its_first_step(
+    make_task: MakeTask, optimizer: str, changes: dict, treats: Treats, line: str
+):
+    reports = Reports()
+    run_trial(replace(make_task(optimizer, **changes), treats=treats), reports)
+    assert [(report.step, report.outcome) for report in reports] == [(0, Reason.MISMATCHED)]
+    assert reports[0].message.startswith(line)
+    assert sum(row["share"] for row in reports[0].groups) == pytest.approx(1.0)
+
+
+def test_every_report_carries_the_realised_groups(make_task: MakeTask):
+    reports, _, _ = trained(make_task("soap", fctp_view="flat"))
+    for report in reports:
+        assert [(row["rule"], row["view"]) for row in report.groups] == [("soap", "matrix"), ("adam", "vector")]
 
 
 def test_a_lack_of_memory_before_the_first_step_books_no_device_seconds(

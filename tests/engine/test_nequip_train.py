@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.engine.conftest import MakeTask, Reports
+from tests.engine.test_lightning import assert_same_state
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.nequip_config import plain_nequip_config
+from tunebench.engine.task import TrialTask
 
 
 @pytest.mark.parametrize(
@@ -33,15 +36,54 @@ def test_the_engine_and_nequip_train_measure_the_same_validation_errors(
             assert errors[metric] == pytest.approx(row[metric], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "family"),
+    [
+        ("soap", "nequip"),
+        ("muon", "nequip"),
+        ("soap_muon", "nequip"),
+        ("schedule_free", "nequip"),
+        ("soap", "allegro"),
+    ],
+)
+def test_a_plain_nequip_train_resumes_bit_for_bit_and_its_checkpoint_packages(
+    make_task: MakeTask, tmp_path: Path, optimizer: str, family: str
+):
+    config = config_of_two_epochs(make_task(optimizer, family=family))
+    nequip_train(config, tmp_path / "whole")
+    nequip_train(config, tmp_path / "resumed", f"++ckpt_path={tmp_path / 'whole' / 'epoch0.ckpt'}")
+    whole, resumed = (torch.load(tmp_path / run / "epoch1.ckpt", weights_only=False) for run in ("whole", "resumed"))
+    assert whole["global_step"] == resumed["global_step"] == 10
+    for section in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same_state(whole[section], resumed[section])
+
+    package = tmp_path / "model.nequip.zip"
+    nequip_command("nequip-package", "build", str(tmp_path / "resumed" / "epoch1.ckpt"), str(package), folder=tmp_path)
+    assert package.is_file()
+
+
+def config_of_two_epochs(task: TrialTask) -> dict:
+    """A `nequip-train` config as a user writes it: validation within epochs, a checkpoint after each."""
+    config = plain_nequip_config(task, evaluate_every=2)
+    del config["training_module"]["lr_scheduler"], config["trainer"]["check_val_every_n_epoch"]
+    config["data"]["train_dataloader"]["shuffle"] = False  # NequIP draws another order after a resume
+    checkpoint = {
+        "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "dirpath": "${hydra:runtime.cwd}",
+        "filename": "epoch{epoch}",
+        "auto_insert_metric_name": False,
+        "save_top_k": -1,
+        "every_n_epochs": 1,
+        "save_on_train_epoch_end": True,
+    }
+    config["trainer"] |= {"max_epochs": 2, "max_steps": -1, "enable_checkpointing": True, "callbacks": [checkpoint]}
+    return config
+
+
 def nequip_train_errors(config: dict, folder: Path) -> list[dict[str, float]]:
     """Runs NequIP's own command on a config and returns validation errors by step."""
-    folder.mkdir()
     config["trainer"]["logger"] = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(folder)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).parent / "nequip-train"), "-cp", str(folder), "-cn", "config"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    nequip_train(config, folder)
     (metrics,) = folder.rglob("metrics.csv")
     with metrics.open() as file:
         rows = [row for row in csv.DictReader(file) if row["val0_epoch/forces_mae"]]
@@ -51,3 +93,18 @@ def nequip_train_errors(config: dict, folder: Path) -> list[dict[str, float]]:
         | {name.split("/")[1]: float(value) for name, value in row.items() if name.startswith("val0_epoch/")}
         for row in rows
     ]
+
+
+def nequip_train(config: dict, folder: Path, *overrides: str) -> None:
+    """Runs NequIP's own command on a config in a folder of its own."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    nequip_command("nequip-train", "-cp", str(folder), "-cn", "config", *overrides, folder=folder)
+
+
+def nequip_command(name: str, *arguments: str, folder: Path) -> None:
+    """Runs a command that is installed beside this Python."""
+    command = [str(Path(sys.executable).parent / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -103,6 +103,12 @@ def space(**changes: Any) -> dict[str, str]:
     return {"space.yaml": write_yaml(data)}
 
 
+def announced_space() -> dict[str, str]:
+    """A search-space file `space.yaml` for an adamw that this version does not have."""
+    data = read_yaml(shipped_folder("search_spaces") / "adamw.yaml")
+    return {"space.yaml": write_yaml({**data, "available": False, "reason": "its update rule lands later"})}
+
+
 W0 = ("workloads", 0)
 MANY = 10**6  # more than any number of steps, frames or trials in the quickstart
 EXTXYZ: dict[str, Any] = {"source": "extxyz", "train": "three.xyz", "frames": {"train": 5, "val": 1, "test": 1}}
@@ -268,7 +274,12 @@ BROKEN = [
     # optimizers and their search spaces
     BrokenStudy(id="unknown optimizer", key="optimizers[0].name", edit=put("optimizers", 0, value="adamv")),
     BrokenStudy(
-        id="optimizer of a later version", key="optimizers[0].name", edit=put("optimizers", 0, value="soap_muon")
+        id="optimizer without an update rule", key="optimizers[0].name", edit=OWN_SPACE, extra=announced_space()
+    ),
+    BrokenStudy(
+        id="view that there is not",
+        key="optimizers[2].fixed.fctp_view",
+        edit=put("optimizers", 2, value={"name": "muon", "fixed": {"fctp_view": "types"}}),
     ),
     BrokenStudy(
         id="fixes what is not there",
@@ -370,6 +381,19 @@ BROKEN = [
         id="argument the builder does not know",
         key="workloads[0].model.arguments",
         edit=put(*W0, "model", "arguments", "num_feature", value=8),
+        needs_data=True,
+    ),
+    # the promise of a search space
+    BrokenStudy(
+        id="rule that would treat no matrix",
+        key="workloads[0].model",
+        edit=put("optimizers", 3, value={"name": "soap", "fixed": {"max_precondition_dim": 1}}),
+        needs_data=True,
+    ),
+    BrokenStudy(
+        id="variant that the optimizer does not have",
+        key="workloads[0].model",
+        edit=put("optimizers", 0, value={"name": "soap_muon", "fixed": {"recipe": "olmo"}}),
         needs_data=True,
     ),
 ]

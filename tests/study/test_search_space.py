@@ -16,6 +16,7 @@ from tunebench.study.search_space import (
     Parameter,
     Role,
     SearchSpace,
+    Treats,
     available_optimizers,
     shipped_optimizers,
 )
@@ -36,21 +37,26 @@ READ_BY_UPDATE_RULES = {
     "adamw": {"learning_rate", "weight_decay", "beta1", "beta2", "eps"},
     "radam": {"learning_rate", "weight_decay", "beta1", "beta2", "eps"},
     "sgd": {"learning_rate", "weight_decay", "momentum", "nesterov", "eps"},
-    "lamb": {"learning_rate", "weight_decay", "beta1", "beta2", "clamp", "eps"},
-    "ranger": {"learning_rate", "weight_decay", "beta1", "beta2", "lookahead_k", "lookahead_alpha", "eps"},
-    "schedule_free": {"learning_rate", "weight_decay", "beta1", "beta2", "eps"},
-    "muon": {"learning_rate", "weight_decay", "momentum", "aux_beta1", "aux_beta2", "eps"},
-    "soap": {
+    "lamb": {"learning_rate", "weight_decay", "beta1", "beta2", "clamp", "fctp_view", "eps"},
+    "ranger": {
         *("learning_rate", "weight_decay", "beta1", "beta2", "eps"),
-        *("precondition_frequency", "max_precondition_dim"),
+        *("lookahead_k", "lookahead_alpha", "centralise", "fctp_view"),
+    },
+    "schedule_free": {"learning_rate", "weight_decay", "beta1", "beta2", "eps"},
+    "muon": {
+        *("learning_rate", "weight_decay", "momentum", "aux_beta1", "aux_beta2", "eps"),
+        *("fctp_view", "scale", "nesterov"),
+    },
+    "soap": {
+        *("learning_rate", "weight_decay", "beta1", "beta2", "aux_beta1", "aux_beta2", "eps"),
+        *("precondition_frequency", "fctp_view", "max_precondition_dim", "sides", "basis"),
     },
 }
+READ_BY_UPDATE_RULES["soap_muon"] = READ_BY_UPDATE_RULES["soap"] | {"rho", "recipe"}
 
 
-def test_every_optimizer_but_the_announced_one_is_available() -> None:
-    assert set(available_optimizers()) == set(READ_BY_UPDATE_RULES)
-    assert set(shipped_optimizers()) - set(available_optimizers()) == {"soap_muon"}
-    assert SPACES["soap_muon"].reason is not None
+def test_every_shipped_optimizer_is_available() -> None:
+    assert set(available_optimizers()) == set(shipped_optimizers()) == set(READ_BY_UPDATE_RULES)
 
 
 @pytest.mark.parametrize("name", sorted(READ_BY_UPDATE_RULES))
@@ -92,6 +98,32 @@ def test_shared_hyperparameters_have_one_range_in_all_arms() -> None:
 
 def test_eps_is_alike_and_fixed_everywhere() -> None:
     assert {space.fixed_values()["eps"] for space in SPACES.values()} == {1e-12}
+
+
+def test_the_matrix_optimizers_promise_the_matrices_and_search_their_view_of_tensor_products() -> None:
+    matrices = {name: space for name, space in SPACES.items() if space.treats is Treats.MATRICES}
+    assert matrices.keys() == {"muon", "soap", "soap_muon"}
+    for space in matrices.values():
+        view = space.parameters["fctp_view"]
+        assert isinstance(view, ChoiceParameter)
+        assert (view.choices, view.role) == (("flat", "per_type", "merged"), Role.STRUCTURE)
+    assert {name: space.defaults()["fctp_view"] for name, space in matrices.items()} == {
+        "muon": "merged",
+        "soap": "per_type",
+        "soap_muon": "per_type",
+    }
+
+
+def test_matrices_cannot_be_promised_without_a_view() -> None:
+    content = SPACES["adamw"].model_dump(mode="json") | {"treats": "matrices"}
+    with pytest.raises(ValueError, match="treats: matrices without fctp_view"):
+        SearchSpace.model_validate(content)
+
+
+def test_soap_muon_is_the_papers_unless_a_study_says_otherwise() -> None:
+    assert SPACES["soap_muon"].defaults()["recipe"] == "paper"
+    other = SPACES["soap_muon"].fix({"recipe": "olmo", "rho": 0.0})
+    assert (other.fixed_values()["recipe"], "rho" in other.parameters) == ("olmo", False)
 
 
 def test_only_schedule_free_has_its_own_schedule_and_readout() -> None:

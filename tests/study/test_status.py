@@ -8,6 +8,7 @@ import pytest
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.study.search_space import SearchSpace
 from tunebench.study.status import explain_trial, run_status
 
 LEDGER = {"steps": 9, "wall_s": 3.0, "device_s": 1.5, "attempts": 2}
@@ -93,6 +94,18 @@ def test_an_explanation_holds_rungs_rules_and_work(tmp_path: Path, journal: Jour
     assert "rungs: 0.5 at step 3" in lines
     assert "update rules: muon 25.0 % of the weights, adamw 75.0 % of the weights" in lines
     assert "work: 9 steps, 1.5 device-seconds, 2 attempt(s)" in lines
+
+
+def test_an_explanation_adds_up_the_views_of_a_rule(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    view = SearchSpace.load("muon").parameters["fctp_view"]
+    writer.add_arm("ethanol/muon", {})
+    writer.plan(key(0), {"fctp_view": "merged"}, {"fctp_view": view.distribution()}, {})
+    shares = [("muon", "matrix", 0.25), ("muon", "merged", 0.5), ("adamw", "vector", 0.25)]
+    writer.start(key(0), [{"rule": rule, "view": view, "share": share} for rule, view, share in shares])
+    lines = explain_trial(tmp_path, key(0).trial_id)["text"].splitlines()
+    assert "configuration: fctp_view = merged" in lines
+    assert "update rules: muon 75.0 % of the weights (matrix, merged), adamw 25.0 % of the weights" in lines
 
 
 def test_a_horizon_reached_without_a_finite_objective_is_explained(tmp_path: Path, journal: JournalWriter) -> None:

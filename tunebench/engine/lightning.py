@@ -28,9 +28,10 @@ from tunebench.engine.errors import split_errors
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import info_dict, training_module
+from tunebench.engine.promise import check_groups
 from tunebench.engine.readouts import readout_weights
 from tunebench.engine.task import Errors, Evaluation, Report, TrialTask
-from tunebench.optim.reference import realised_groups
+from tunebench.optim.realised import BrokenPromise, realised_groups
 from tunebench.study.files import replacing
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split, Stage
@@ -51,7 +52,8 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
 
     Raises:
         WorkloadError: the data or the model's arguments are refused.
-        Exception: whatever broke the training apart from divergence, lack of memory and the time limit.
+        Exception: whatever broke the training apart from divergence, lack of memory, the time limit and update rules
+            that treat other weights than the search space promises.
     """
     set_global_state()
     torch.set_num_threads(task.threads)
@@ -135,9 +137,14 @@ class _Trial(lightning.Callback):
         trainer.fit(self.module, train_dataloaders=loader)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the checkpoint, now that the optimizer exists."""
+        """Check the optimizer and restore the checkpoint, now that the optimizer exists."""
         self.optimizer = trainer.optimizers[0]
-        self.groups = realised_groups(self.task.key.optimizer, self.optimizer)
+        self.groups = realised_groups(self.optimizer)
+        try:
+            check_groups(self.task, self.groups, self.module.model)
+        except BrokenPromise as error:
+            self._end(Reason.MISMATCHED, str(error))
+            raise _Ended from error
         if self.restored:
             self.module.load_state_dict(self.restored["module"])
             self.optimizer.load_state_dict(self.restored["optimizer"])

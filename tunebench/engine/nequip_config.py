@@ -9,7 +9,7 @@ from nequip.utils.global_state import get_latest_global_state
 
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.task import TrialTask
-from tunebench.optim.reference import optimizer_config
+from tunebench.optim.configuration import optimizer_config
 from tunebench.study.record import Metric, Readout
 from tunebench.study.spec import Loss
 from tunebench.workloads.models import model_config

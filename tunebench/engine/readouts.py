@@ -13,9 +13,8 @@ from tunebench.study.record import Readout
 def readout_weights(module: Any, optimizer: Any, readout: Readout) -> Iterator[None]:
     """The module's model holds the weights of `readout` inside the block, and its training weights again after it.
 
-    They come back however the block ends. EMA swaps with the averages NequIP's EMALightningModule keeps;
-    SCHEDULE_FREE switches the optimizer to its averaged iterate and back, which schedulefree requires before the
-    next step.
+    They come back, bit for bit, however the block ends. EMA swaps with the averages NequIP's EMALightningModule keeps;
+    SCHEDULE_FREE switches the optimizer to its averaged iterate and back.
     """
     match readout:
         case Readout.RAW:

@@ -10,6 +10,7 @@ from typing import Any
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.search_space import Treats
 from tunebench.study.spec import Objective, Schedule, Workload
 from tunebench.workloads.data import PreparedData
 
@@ -35,6 +36,7 @@ class TrialTask:
         averaged: the averaged readout of this arm, EMA or SCHEDULE_FREE.
         evaluation_steps: ascending steps at which validation errors are measured; the last one is the horizon.
         device: ``cpu`` or ``cuda``.
+        treats: the weights that the optimizer's own rule must treat, as its search space promises.
     """
 
     key: TrialKey
@@ -50,6 +52,7 @@ class TrialTask:
     device: str = "cpu"
     threads: int = 1
     time_limit_s: float | None = None
+    treats: Treats = Treats.ALL
 
     def __post_init__(self) -> None:
         """Refuse a trial that would not be measured at its horizon."""
@@ -127,6 +130,7 @@ def trial_task(
         device=resources.device,
         threads=resources.threads,
         time_limit_s=resources.time_limit_s,
+        treats=arm.space.treats,
     )
 
 

@@ -24,6 +24,7 @@ from tunebench.study.search_space import (
     IntParameter,
     Parameter,
     SearchSpace,
+    Treats,
     shipped_optimizers,
 )
 from tunebench.study.spec import INTEGER_LIMIT, Study
@@ -69,7 +70,10 @@ What makes the spaces comparable:
 - **`eps` is 1e-12 in every arm.** Gradients of tensor-product weights with l > 0 are so small that 1e-8 would stop
   them, and the ranking would depend on the units of the loss.
 - **`role: cost`** marks what trades device time for progress per step; it is judged on device time. The other roles are
-  `learning_rate`, `decay` (weight decay) and `stability` (averaging, clamping).
+  `learning_rate`, `decay` (weight decay), `stability` (averaging, clamping) and `structure` (what is taken for a
+  matrix, or which variant of the algorithm runs).
+- **The promise is kept.** `treats` says which weights an optimizer's own rule must treat: `all`, or exactly the
+  `matrices` that `fctp_view` makes of the model. A run refuses an arm where it treats others.
 
 A study takes a hyperparameter out of the search with `fixed`, or brings its own file:
 
@@ -200,6 +204,7 @@ def _space_section(space: SearchSpace) -> str:
     rows += [(f"`{name}`", "fixed", "", _value(setting.value)) for name, setting in space.fixed.items()]
     notes = [f"`{space.implementation}`"]
     notes += [f"schedule {space.schedule.value} with the study's warm-up"] if space.schedule else []
+    notes += ["treats the matrices of the model, an auxiliary rule the rest"] if space.treats is Treats.MATRICES else []
     notes += ["reads out its own averaged weights"] if space.readout == "schedule_free" else []
     notes += [] if space.available else [f"not available: {space.reason}"]
     table = _table(("hyperparameter", "range", "role", "default"), rows)

@@ -18,7 +18,7 @@ from tunebench.study.record import ENVIRONMENT
 
 _PACKAGES = (
     "tunebench", "torch", "nequip", "nequip-allegro", "e3nn", "lightning", "ray", "optuna", "ase", "tblite",
-    "schedulefree", "pytorch_optimizer", "numpy", "scipy", "tensorboard",
+    "numpy", "scipy", "tensorboard",
 )  # fmt: skip
 
 

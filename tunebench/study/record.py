@@ -30,7 +30,10 @@ class Stage(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a trial ended."""
+    """Why a trial ended.
+
+    MISMATCHED: its update rules treat other weights than its search space promises.
+    """
 
     FINISHED = "FINISHED"
     STOPPED_ASHA = "STOPPED_ASHA"
@@ -39,6 +42,7 @@ class Reason(StrEnum):
     CRASHED = "CRASHED"
     PREEMPTED = "PREEMPTED"
     TIMED_OUT = "TIMED_OUT"
+    MISMATCHED = "MISMATCHED"
 
 
 class Readout(StrEnum):
@@ -117,7 +121,7 @@ class TrialRecord:
         params: the sampled hyperparameters. rungs: step -> objective.
         seeds: named seeds ``{init, order, labels}``.
         ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
-        groups: realised parameter groups, ``[{rule, tensors, parameters, share, ...}]``.
+        groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
         result: last measured errors, ``{split: {readout: {metric: value}}}``; test and ood only for the confirm stage.
     """

@@ -31,19 +31,32 @@ class Role(StrEnum):
     """What a hyperparameter does; arms share the structure of a role.
 
     LEARNING_RATE: size of a step. DECAY: weight decay. COST: trades device time for progress per step.
-    STABILITY: averaging and clamping that keep steps sane.
+    STABILITY: averaging and clamping that keep steps sane. STRUCTURE: what is taken for a matrix, or which variant of
+    the algorithm runs.
     """
 
     LEARNING_RATE = "learning_rate"
     DECAY = "decay"
     COST = "cost"
     STABILITY = "stability"
+    STRUCTURE = "structure"
+
+
+class Treats(StrEnum):
+    """Which weights an optimizer's own update rule must treat; a run refuses an arm where it treats others (rule F10).
+
+    ALL: every trainable weight. MATRICES: exactly the matrices of the model under `fctp_view`, at least one; the rest
+    is left to another rule.
+    """
+
+    ALL = "all"
+    MATRICES = "matrices"
 
 
 class ParameterBase(Section):
     """What every searched hyperparameter states, of whichever kind."""
 
-    role: Annotated[Role, Field(strict=False)] = Field(description="learning_rate, decay, cost or stability")
+    role: Annotated[Role, Field(strict=False)] = Field(description="learning_rate, decay, cost, stability or structure")
     source: str = Field(min_length=1, description="who published the range or the default: arXiv number, documentation")
 
     @abstractmethod
@@ -202,6 +215,10 @@ class SearchSpace(Section):
     schedule: Annotated[ScheduleKind, Field(strict=False)] | None = Field(
         default=None, description="kind of learning-rate schedule that belongs to the optimizer; the warm-up stays"
     )
+    treats: Annotated[Treats, Field(strict=False)] = Field(
+        default=Treats.ALL,
+        description="weights under the optimizer's own rule: all, or the matrices that fctp_view makes of the model",
+    )
     readout: Literal["ema", "schedule_free"] = Field(
         default="ema", description="averaged weights that are read out: their moving average, or schedule-free's own x"
     )
@@ -215,6 +232,8 @@ class SearchSpace(Section):
             raise ValueError(f"{both[0]} both in parameters and in fixed; allowed: one of the two")
         if not self.available and not self.reason:
             raise ValueError("available: false without a reason; allowed: a reason")
+        if self.treats is Treats.MATRICES and "fctp_view" not in {*self.parameters, *self.fixed}:
+            raise ValueError("treats: matrices without fctp_view; allowed: fctp_view in parameters or in fixed")
         return self
 
     @classmethod

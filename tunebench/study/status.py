@@ -80,14 +80,27 @@ def _sentences(trial: TrialRecord) -> str:
             "rungs: " + ", ".join(f"{value:.5g} at step {step}" for step, value in sorted(trial.rungs.items()))
         )
     if trial.groups:
-        rules = ", ".join(f"{group['rule']} {100 * group['share']:.1f} % of the weights" for group in trial.groups)
-        lines.append(f"update rules: {rules}")
+        lines.append(f"update rules: {_rules(trial)}")
     if trial.ledger:
         lines.append(
             f"work: {trial.ledger['steps']:.0f} steps, {trial.ledger['device_s']:.1f} device-seconds, "
             f"{trial.ledger['attempts']:.0f} attempt(s)"
         )
     return "\n".join(lines)
+
+
+def _rules(trial: TrialRecord) -> str:
+    """Share of the weights by rule, and how the rule reads them."""
+    rules: dict[str, tuple[float, list[str]]] = {}
+    for group in trial.groups:
+        share, views = rules.setdefault(group["rule"], (0.0, []))
+        rules[group["rule"]] = share + group["share"], [*views, group.get("view", "vector")]
+    words = []
+    for rule, (share, views) in rules.items():
+        matrices = dict.fromkeys(view for view in views if view != "vector")
+        read = f" ({', '.join(matrices)})" if matrices else ""
+        words.append(f"{rule} {100 * share:.1f} % of the weights{read}")
+    return ", ".join(words)
 
 
 def _why(trial: TrialRecord) -> str:

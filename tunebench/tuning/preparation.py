@@ -1,4 +1,4 @@
-"""Before any trial: the data of every workload, and one build of every arm."""
+"""Before any trial: the data of every workload, and a build of every arm that is held against its promise."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, Pr
 
 
 def check_arms(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> None:
-    """Build the model and the optimizer of every arm once, before any trial does.
+    """Build the model and the optimizer of every arm, in every variant it may search, before any trial does.
 
     Raises:
-        StudyError: arguments that the model's builder refuses, or an optimizer that finds nothing to do in the model.
+        StudyError: arguments that the model's builder refuses, settings that an optimizer refuses, or an
+            optimizer that treats other weights of the model than its search space promises.
     """
-    from tunebench.engine.calibration import training_parts, untuned_task  # imports torch and NequIP
+    from tunebench.engine.calibration import untuned_task  # imports torch and NequIP
+    from tunebench.engine.promise import check_arm
 
     for arm in plan_arms(resolved):
         index = resolved.study.workloads.index(arm.workload)
         with _naming_the_workload(resolved, index):
             try:
-                training_parts(replace(untuned_task(resolved, arm, data[arm.workload.name]), device="cpu"))
+                check_arm(replace(untuned_task(resolved, arm, data[arm.workload.name]), device="cpu"), arm.space)
             except ValueError as error:
                 raise WorkloadError("model", f"{arm.workload.model.family} for {arm.optimizer}", str(error)) from error
 
