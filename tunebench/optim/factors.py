@@ -8,12 +8,14 @@ of a basis: whoever runs a rule on CUDA keeps `torch.backends.cuda.matmul.allow_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 
+from tunebench.optim.branches import in_branches
 from tunebench.optim.packing import Bucket, Packing, Segment, Tensors
 
 
@@ -89,24 +91,35 @@ class Factors:
 
     def grams(self, grads: Mapping[str, torch.Tensor]) -> Tensors:
         """The gradients' own factors, a stack per group; `grads` is one vector per segment."""
-        pieces: dict[str, list[torch.Tensor]] = {group: [] for group in self.groups}
+        sides: list[Side] = []
+        products: list[Callable[[], torch.Tensor]] = []
         for (segment, bucket), (rows, cols) in self._axes.items():
             grad = bucket.of(grads[segment])
             if rows is not None:
-                wide = grad.transpose(1, 2).reshape(bucket.count, bucket.rows, bucket.batch * bucket.cols)
-                pieces[rows.group].append(wide @ wide.mT)
+                sides.append(rows)
+                products.append(partial(_rows_gram, grad))
             if cols is not None:
-                tall = grad.reshape(bucket.count, bucket.batch * bucket.rows, bucket.cols)
-                pieces[cols.group].append(tall.mT @ tall)
+                sides.append(cols)
+                products.append(partial(_cols_gram, grad))
+        pieces: dict[str, list[torch.Tensor]] = {group: [] for group in self.groups}
+        for side, gram in zip(sides, in_branches(products), strict=True):
+            pieces[side.group].append(gram)
         return {group: torch.cat(found) for group, found in pieces.items()}
 
     def rotate(self, segment: Segment, vector: torch.Tensor, bases: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Into the eigenbases, QL^T X QR for every matrix X: a segment's vector (numel,) to the same."""
-        return self._turned(segment, vector, bases, back=False)
+        return self._turned(segment, [vector], bases, back=False)[0]
+
+    def rotate_both(
+        self, segment: Segment, first: torch.Tensor, second: torch.Tensor, bases: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotate` of two vectors, side by side."""
+        one, other = self._turned(segment, [first, second], bases, back=False)
+        return one, other
 
     def rotate_back(self, segment: Segment, vector: torch.Tensor, bases: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Out of the eigenbases, QL X QR^T: the inverse of `rotate`."""
-        return self._turned(segment, vector, bases, back=True)
+        return self._turned(segment, [vector], bases, back=True)[0]
 
     def permute(self, segment: Segment, vector: torch.Tensor, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A vector in the eigenbases after their columns were reordered; `orders` is (matrices, d) per group."""
@@ -122,18 +135,32 @@ class Factors:
         return torch.cat(pieces)
 
     def _turned(
-        self, segment: Segment, vector: torch.Tensor, bases: Mapping[str, torch.Tensor], *, back: bool
+        self, segment: Segment, vectors: Sequence[torch.Tensor], bases: Mapping[str, torch.Tensor], *, back: bool
+    ) -> list[torch.Tensor]:
+        turn = partial(self._turned_bucket, segment, bases, back=back)
+        calls = [partial(turn, bucket.of(vector), bucket) for vector in vectors for bucket in segment.buckets]
+        pieces, each = in_branches(calls), len(segment.buckets)
+        return [torch.cat(pieces[first : first + each]) for first in range(0, len(pieces), each)]
+
+    def _turned_bucket(
+        self, segment: Segment, bases: Mapping[str, torch.Tensor], x: torch.Tensor, bucket: Bucket, *, back: bool
     ) -> torch.Tensor:
-        pieces = []
-        for bucket in segment.buckets:
-            x = bucket.of(vector)
-            rows, cols = self._axes[segment.name, bucket]
-            if cols is not None:
-                basis = cols.of(bases)
-                tall = x.reshape(bucket.count, bucket.batch * bucket.rows, bucket.cols)
-                x = (tall @ (basis.mT if back else basis)).reshape(x.shape)
-            if rows is not None:
-                basis = rows.of(bases).unsqueeze(1)
-                x = (basis if back else basis.mT) @ x
-            pieces.append(x.reshape(-1))
-        return torch.cat(pieces)
+        rows, cols = self._axes[segment.name, bucket]
+        if cols is not None:
+            basis = cols.of(bases)
+            tall = x.reshape(bucket.count, bucket.batch * bucket.rows, bucket.cols)
+            x = (tall @ (basis.mT if back else basis)).reshape(x.shape)
+        if rows is not None:
+            basis = rows.of(bases).unsqueeze(1)
+            x = (basis if back else basis.mT) @ x
+        return x.reshape(-1)
+
+
+def _rows_gram(grad: torch.Tensor) -> torch.Tensor:
+    wide = grad.transpose(1, 2).flatten(2)
+    return wide @ wide.mT
+
+
+def _cols_gram(grad: torch.Tensor) -> torch.Tensor:
+    tall = grad.flatten(1, 2)
+    return tall.mT @ tall

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
+
+from tunebench.optim.branches import in_branches
 
 Coefficients = tuple[float, float, float]
 """(a, b, c) of one step: a singular value s becomes a s + b s^3 + c s^5."""
@@ -58,13 +61,18 @@ def orthogonalise(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficient
         groups: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
         for position, stack in enumerate(stacks):
             groups[-(-stack.shape[-2] // _TILE) * _TILE, stack.dtype].append(position)
-        done: dict[int, torch.Tensor] = {}
-        for (_, dtype), positions in groups.items():
-            members = _unit([stacks[position] for position in positions])
-            for part in _parts(schedule, dtype):
-                members = _iterate(members, part)
-            done |= dict(zip(positions, members, strict=True))
+        finished = in_branches([partial(_finished, [stacks[i] for i in group], schedule) for group in groups.values()])
+    done: dict[int, torch.Tensor] = {}
+    for positions, members in zip(groups.values(), finished, strict=True):
+        done |= dict(zip(positions, members, strict=True))
     return [done[position] for position in range(len(stacks))]
+
+
+def _finished(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients]) -> list[torch.Tensor]:
+    members = _unit(stacks)
+    for part in _parts(schedule, stacks[0].dtype):
+        members = _iterate(members, part)
+    return members
 
 
 def _unit(stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:

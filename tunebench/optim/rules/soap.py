@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
 
 import torch
 
+from tunebench.optim.branches import in_branches
 from tunebench.optim.eigenbasis import eigenbasis, power_iteration
 from tunebench.optim.factors import Factors, Sides
 from tunebench.optim.packing import Packing, Segment, Tensors
@@ -183,9 +184,9 @@ class Soap:
     def matrix_step(self, segment: Segment, old: Vectors, scalars: AdamStep, bases: Tensors) -> Vectors:
         """Weights and moments of one matrix segment after this step, in these bases."""
         exp_avg = scalars.average(old.exp_avg, old.grad)
-        rotated = self.factors.rotate(segment, old.grad, bases)
+        rotated, averaged = self.factors.rotate_both(segment, old.grad, exp_avg, bases)
         exp_avg_sq = scalars.average_square(old.exp_avg_sq, rotated)
-        whitened = scalars.normalised(self.factors.rotate(segment, exp_avg, bases), exp_avg_sq)
+        whitened = scalars.normalised(averaged, exp_avg_sq)
         direction = self.direction(segment, whitened, bases)
         return Vectors(scalars.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
 
@@ -203,17 +204,18 @@ class Soap:
     ) -> tuple[Tensors, Tensors, Tensors]:
         """Factors with the new gradient, their bases, and how the columns were reordered (empty if they were not)."""
         share = 1 - hyper["shampoo_beta"]
-        factors = {
-            group: torch.lerp(state[f"factor/{group}"], gram, scalar(share, gram))
-            for group, gram in self.factors.grams(grads).items()
-        }
+        grams = self.factors.grams(grads)
+        averaged = [
+            partial(torch.lerp, state[f"factor/{group}"], gram, scalar(share, gram)) for group, gram in grams.items()
+        ]
+        factors = dict(zip(grams, in_branches(averaged), strict=True))
         bases = _unkeyed("basis", state)
         orders: Tensors = {}
         if phase is Phase.PLAIN:
             return factors, bases, orders
         due = self._due(step, hyper)
-        for group, factor in factors.items():
-            basis, order = power_iteration(factor, bases[group])
+        refreshed = in_branches([partial(power_iteration, factor, bases[group]) for group, factor in factors.items()])
+        for (group, factor), (basis, order) in zip(factors.items(), refreshed, strict=True):
             basis = torch.where(due, basis, bases[group])
             if phase is Phase.START:
                 basis = torch.where(step == 1, eigenbasis(factor), basis)
