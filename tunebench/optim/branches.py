@@ -1,19 +1,20 @@
 """Independent computations as parallel branches of a CUDA graph.
 
-A batched product of a few small matrices fills a fraction of a GPU. While a graph is captured, each computation goes to
-a stream of its own, so that the graph may run them side by side; everywhere else they run one after another.
+A batched product of a few small matrices fills a fraction of a GPU, and a chain of scalars next to nothing. While a
+graph is captured, each computation goes to a stream of its own, so that the graph may run them side by side; everywhere
+else they run one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 _Result = TypeVar("_Result")
 _BRANCHES = 16
-_streams: dict[int, list[torch.cuda.Stream]] = {}
+_streams: dict[tuple[str, int, int], list[torch.cuda.Stream]] = {}
 
 
 def in_branches(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
@@ -22,10 +23,10 @@ def in_branches(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     Tensors that a branch makes may be used freely after it: the branches join before this returns, and every later
     branch starts from where the caller is then.
     """
-    if len(calls) < 2 or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if len(calls) < 2 or not _capturing():
         return [call() for call in calls]
     main = torch.cuda.current_stream()
-    streams = _streams_of(main.device_index)[: len(calls)]
+    streams = _streams_from(main, "branches", _BRANCHES)[: len(calls)]
     for stream in streams:
         stream.wait_stream(main)
     results = []
@@ -37,7 +38,40 @@ def in_branches(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     return results
 
 
-def _streams_of(device: int) -> list[torch.cuda.Stream]:
-    if device not in _streams:
-        _streams[device] = [torch.cuda.Stream(device) for _ in range(_BRANCHES)]  # type: ignore[no-untyped-call]
-    return _streams[device]
+class Beside(Generic[_Result]):
+    """A computation that runs beside what follows, until its result is asked for.
+
+    Whatever it reads must not be changed before `result` was called; it is kept alive until then.
+
+    Args:
+        call: the computation, with all it reads.
+        lane: computations that are under way at once need lanes of their own.
+    """
+
+    def __init__(self, call: Callable[[], _Result], lane: str) -> None:
+        self._call = call
+        self._stream: torch.cuda.Stream | None = None
+        if _capturing():
+            main = torch.cuda.current_stream()
+            self._stream = _streams_from(main, lane, 1)[0]
+            self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            self._result = call()
+
+    def result(self) -> _Result:
+        """What the computation returned, once it is done."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return self._result
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _streams_from(main: torch.cuda.Stream, lane: str, number: int) -> list[torch.cuda.Stream]:
+    """Streams that only computations started from `main` use: shared ones would wait for each other."""
+    key = lane, main.device_index, main.cuda_stream
+    if key not in _streams:
+        _streams[key] = [torch.cuda.Stream(main.device_index) for _ in range(number)]  # type: ignore[no-untyped-call]
+    return _streams[key]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
+from tunebench.optim.branches import Beside
 from tunebench.optim.packing import Tensors
 from tunebench.optim.rule import Hyper, Phase, UpdateRule
 
@@ -25,6 +27,7 @@ class CapturedStep:
     def __init__(self, rule: UpdateRule, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._rule = rule
         self._parameters = dict(parameters)
+        self._flat_grads: dict[torch.dtype, torch.Tensor] = {}
         self._grads: Tensors = {}
         self._step: torch.Tensor | None = None
         self._seen: set[_Key] = set()
@@ -55,7 +58,7 @@ class CapturedStep:
         device = next(iter(self._parameters.values())).device
         if device.type != "cuda":
             raise ValueError(f"capture: found weights on {device}, allowed: a CUDA device")
-        self._fill_inputs(self._rule.packing.pack(grads), step, device)
+        self._fill_inputs(grads, step, device)
         used = (*(self._parameters[name] for name in live), *state.values(), *hyper.values())
         key = phase, tuple(tensor.data_ptr() for tensor in used)
         if key in self._graphs:
@@ -67,11 +70,11 @@ class CapturedStep:
             self._graphs[key] = self._capture(live, state, hyper, phase)
             self._graphs[key].replay()
 
-    def _fill_inputs(self, packed: Tensors, step: int, device: torch.device) -> None:
+    def _fill_inputs(self, grads: Mapping[str, torch.Tensor], step: int, device: torch.device) -> None:
         if self._step is None or self._step.device != device:
-            self._grads = {name: torch.empty_like(vector) for name, vector in packed.items()}
+            self._flat_grads, self._grads = self._rule.packing.buffers(device)
             self._step = torch.zeros((), dtype=torch.int64, device=device)
-        torch._foreach_copy_(list(self._grads.values()), [packed[name] for name in self._grads])
+        torch._foreach_copy_(list(self._grads.values()), [grads[name] for name in self._grads])
         self._step.fill_(step)
 
     def _capture(self, live: Sequence[str], state: Tensors, hyper: Hyper, phase: Phase) -> torch.cuda.CUDAGraph:
@@ -84,7 +87,12 @@ class CapturedStep:
     def _update(self, live: Sequence[str], state: Tensors, hyper: Hyper, phase: Phase) -> None:
         assert self._step is not None
         packing = self._rule.packing
-        weights, new = self._rule.update(self._grads, state, packing.pack(self._parameters), hyper, self._step, phase)
+        # As `pack`, with one kernel for all weights in place of a concatenation of hundreds.
+        flat, copies = packing.buffers(self._step.device)
+        torch._foreach_copy_(list(copies.values()), [self._parameters[name] for name in copies])
+        grads, weights = packing.arranged(self._flat_grads), packing.arranged(flat)
+        weights, new = self._rule.update(grads, state, weights, hyper, self._step, phase)
+        kept = Beside(partial(torch._foreach_copy_, [state[name] for name in new], list(new.values())), "state")
         named = packing.unpack(weights)
         torch._foreach_copy_([self._parameters[name] for name in live], [named[name] for name in live])
-        torch._foreach_copy_([state[name] for name in new], list(new.values()))
+        kept.result()

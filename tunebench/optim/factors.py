@@ -8,6 +8,7 @@ of a basis: whoever runs a rule on CUDA keeps `torch.backends.cuda.matmul.allow_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,9 @@ import torch
 
 from tunebench.optim.branches import in_branches
 from tunebench.optim.packing import Bucket, Packing, Segment, Tensors
+
+# Matrices of a block whose Gram matrices are summed inside one product.
+_SUMMED_AT_ONCE = 8
 
 
 class Sides(StrEnum):
@@ -157,10 +161,12 @@ class Factors:
 
 
 def _rows_gram(grad: torch.Tensor) -> torch.Tensor:
-    wide = grad.transpose(1, 2).flatten(2)
-    return wide @ wide.mT
+    return (grad @ grad.mT).sum(1)
 
 
 def _cols_gram(grad: torch.Tensor) -> torch.Tensor:
-    tall = grad.flatten(1, 2)
-    return tall.mT @ tall
+    # A sum over thousands of rows in one product leaves most of a GPU idle, one product per matrix costs memory.
+    count, batch, rows, cols = grad.shape
+    parts = batch // math.gcd(batch, _SUMMED_AT_ONCE)
+    tall = grad.reshape(count, parts, batch // parts * rows, cols)
+    return (tall.mT @ tall).sum(1)

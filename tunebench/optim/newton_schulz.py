@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,9 @@ from tunebench.optim.branches import in_branches
 
 Coefficients = tuple[float, float, float]
 """(a, b, c) of one step: a singular value s becomes a s + b s^3 + c s^5."""
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
+"""What is done to a stack of orthogonalised matrices before it is returned."""
 
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
 """Muon's step (Jordan et al., 2024): fast from below, then scatters singular values over about 0.7 to 1.2."""
@@ -43,12 +46,15 @@ def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients: Coefficients = 
     return orthogonalise([x], [coefficients] * steps)[0]
 
 
-def orthogonalise(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients]) -> list[torch.Tensor]:
+def orthogonalise(
+    stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients], finishes: Sequence[Finish] = ()
+) -> list[torch.Tensor]:
     """`newton_schulz` of several stacks of matrices at once, with one triple of coefficients per step.
 
     Args:
         stacks: each (matrices, rows, cols) with rows <= cols; shapes and dtypes may differ between stacks.
         schedule: coefficients of each step.
+        finishes: what to do to each stack at last; nothing where left out.
 
     Raises:
         ValueError: a stack with rows > cols.
@@ -61,18 +67,24 @@ def orthogonalise(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficient
         groups: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
         for position, stack in enumerate(stacks):
             groups[-(-stack.shape[-2] // _TILE) * _TILE, stack.dtype].append(position)
-        finished = in_branches([partial(_finished, [stacks[i] for i in group], schedule) for group in groups.values()])
+        calls = [
+            partial(_iterated, [stacks[i] for i in group], schedule, [finishes[i] for i in group] if finishes else ())
+            for group in groups.values()
+        ]
+        iterated = in_branches(calls)
     done: dict[int, torch.Tensor] = {}
-    for positions, members in zip(groups.values(), finished, strict=True):
+    for positions, members in zip(groups.values(), iterated, strict=True):
         done |= dict(zip(positions, members, strict=True))
     return [done[position] for position in range(len(stacks))]
 
 
-def _finished(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients]) -> list[torch.Tensor]:
+def _iterated(
+    stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients], finishes: Sequence[Finish]
+) -> list[torch.Tensor]:
     members = _unit(stacks)
     for part in _parts(schedule, stacks[0].dtype):
         members = _iterate(members, part)
-    return members
+    return [finish(member) for finish, member in zip(finishes, members, strict=True)] if finishes else members
 
 
 def _unit(stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -121,17 +133,13 @@ def _padded(gram: torch.Tensor, size: int) -> torch.Tensor:
 
 def _polynomial(gram: torch.Tensor, schedule: Sequence[Coefficients]) -> torch.Tensor:
     """The product of all steps' polynomials a + b A + c A^2, where A follows the iteration."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     product: torch.Tensor | None = None
     for number, (a, b, c) in enumerate(schedule, start=1):
-        change = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        if product is None:
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            product = torch.add(change, identity, alpha=a)
-        else:
-            product = torch.baddbmm(product, change, product, beta=a)
+        polynomial = torch.baddbmm(torch.add(identity * a, gram, alpha=b), gram, gram, alpha=c)
+        product = polynomial if product is None else polynomial @ product
         if number < len(schedule):
-            half = torch.baddbmm(gram, change, gram, beta=a)
-            gram = torch.baddbmm(half, half, change, beta=a)
+            gram = polynomial @ gram @ polynomial
     assert product is not None
     return product
 

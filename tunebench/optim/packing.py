@@ -8,7 +8,7 @@ shape are one batched matrix product. Matrices that are taller than wide are sto
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,18 @@ class Bucket:
     def of(self, segment: torch.Tensor) -> torch.Tensor:
         """The bucket of a segment, shape (count, batch, rows, cols); a view."""
         return segment[self.start : self.stop].reshape(self.count, self.batch, self.rows, self.cols)
+
+    def stack(self, segment: torch.Tensor) -> torch.Tensor:
+        """All matrices of the bucket, (count * batch, rows, cols); a view."""
+        return self.of(segment).flatten(0, 1)
+
+    def scaled(self, stack: torch.Tensor, factor: Callable[[int, int], float]) -> torch.Tensor:
+        """A `stack` whose matrices are multiplied by `factor(in, out)`."""
+        upright, transposed = factor(self.rows, self.cols), factor(self.cols, self.rows)
+        if upright == transposed:
+            return stack * upright
+        split = self.upright * self.batch
+        return torch.cat([stack[:split] * upright, stack[split:] * transposed])
 
     def maps(self) -> list[tuple[int, int]]:
         """(in, out) of each block."""
@@ -131,8 +143,24 @@ class Packing:
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Named tensors, shaped as the parameters, to one vector per segment; works under `vmap`."""
-        flat = {dtype: torch.cat([tensors[name].reshape(-1) for name in names]) for dtype, names in self._names.items()}
+        return self.arranged(
+            {dtype: torch.cat([tensors[name].reshape(-1) for name in names]) for dtype, names in self._names.items()}
+        )
+
+    def arranged(self, flat: Mapping[torch.dtype, torch.Tensor]) -> Tensors:
+        """`pack`, from one vector per dtype that holds the tensors one after another, sorted by name."""
         return {segment.name: self._select(flat[segment.dtype], segment.name) for segment in self.segments}
+
+    def buffers(self, device: torch.device) -> tuple[dict[torch.dtype, torch.Tensor], Tensors]:
+        """Empty vectors for `arranged`, and their parts as named tensors in the shape of the parameters."""
+        flat: dict[torch.dtype, torch.Tensor] = {}
+        named: Tensors = {}
+        for dtype, names in self._names.items():
+            sizes = [self._shapes[name].numel() for name in names]
+            flat[dtype] = torch.empty(sum(sizes), dtype=dtype, device=device)
+            pieces = torch.split(flat[dtype], sizes)
+            named |= {name: piece.view(self._shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+        return flat, named
 
     def unpack(self, packed: Mapping[str, torch.Tensor]) -> Tensors:
         """The inverse of `pack`; the tensors may share storage."""

@@ -24,10 +24,18 @@ def moments(
         beta1: decay rate of the gradient's average, zero-dimensional float64.
         beta2: decay rate of the square's average, likewise.
     """
-    exp_avg = torch.lerp(exp_avg, grad, scalar(1 - beta1, grad))
+    return average(exp_avg, grad, beta1), average_square(exp_avg_sq, grad, beta2)
+
+
+def average(exp_avg: torch.Tensor, grad: torch.Tensor, beta1: torch.Tensor) -> torch.Tensor:
+    """The running average with one more gradient; as `moments`."""
+    return torch.lerp(exp_avg, grad, scalar(1 - beta1, grad))
+
+
+def average_square(exp_avg_sq: torch.Tensor, grad: torch.Tensor, beta2: torch.Tensor) -> torch.Tensor:
+    """The running average of squares with one more gradient; as `moments`."""
     # No lerp: it would turn a square that overflowed to infinity into NaN, where Adam merely stops moving the weight.
-    exp_avg_sq = torch.addcmul(exp_avg_sq * scalar(beta2, grad), grad, grad * scalar(1 - beta2, grad))
-    return exp_avg, exp_avg_sq
+    return torch.addcmul(exp_avg_sq * scalar(beta2, grad), grad, grad * scalar(1 - beta2, grad))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import ClassVar
 
 import torch
 
+from tunebench.optim.branches import Beside
 from tunebench.optim.newton_schulz import QUINTIC, orthogonalise
-from tunebench.optim.packing import Bucket, Segment, Tensors
+from tunebench.optim.packing import Segment, Tensors
 from tunebench.optim.rule import Hyper, Phase, scalar
 from tunebench.optim.rules.adam import AdamScalars
 from tunebench.optim.rules.plain import PlainRule
@@ -80,44 +82,48 @@ class Muon(PlainRule):
         phase: Phase = Phase.PLAIN,
     ) -> tuple[Tensors, Tensors]:
         """One step, see `UpdateRule.update`."""
-        auxiliary = auxiliary_scalars(hyper, step)
+        rest = Beside(partial(self._auxiliary_steps, grads, state, params, hyper, step), "auxiliary")
         weights: Tensors = {}
         buffers: Tensors = {}
         for segment in self.packing.segments:
-            name = segment.name
             if segment.is_matrix:
+                name = segment.name
                 weights[name], buffers[f"momentum/{name}"] = self._matrix_step(
                     segment, params[name], grads[name], state[f"momentum/{name}"], hyper
                 )
-            else:
-                weights[name], buffers[f"exp_avg/{name}"], buffers[f"exp_avg_sq/{name}"] = auxiliary.apply(
-                    params[name], grads[name], state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"]
-                )
+        auxiliary_weights, auxiliary_buffers = rest.result()
+        return weights | auxiliary_weights, buffers | auxiliary_buffers
+
+    def _auxiliary_steps(
+        self, grads: Tensors, state: Tensors, params: Tensors, hyper: Hyper, step: torch.Tensor
+    ) -> tuple[Tensors, Tensors]:
+        scalars = auxiliary_scalars(hyper, step)
+        weights: Tensors = {}
+        buffers: Tensors = {}
+        for name in (segment.name for segment in self.packing.segments if not segment.is_matrix):
+            weights[name], buffers[f"exp_avg/{name}"], buffers[f"exp_avg_sq/{name}"] = scalars.apply(
+                params[name], grads[name], state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"]
+            )
         return weights, buffers
 
     def _matrix_step(
         self, segment: Segment, weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, hyper: Hyper
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        learning_rate = hyper["learning_rate"]
+        scalars = Beside(partial(_step_scalars, hyper, weight), "scalars")
         momentum = torch.lerp(momentum, grad, scalar(1 - hyper["momentum"], grad))
         direction = torch.lerp(grad, momentum, scalar(hyper["momentum"], grad)) if self.nesterov else momentum
-        stacks = [bucket.of(direction).flatten(0, 1) for bucket in segment.buckets]
-        unit = orthogonalise(stacks, [QUINTIC] * self.newton_schulz_steps)
-        pieces = [
-            piece for bucket, stack in zip(segment.buckets, unit, strict=True) for piece in self._sized(stack, bucket)
-        ]
-        update = torch.cat(pieces).to(weight.dtype)
-        keep = scalar(1 - learning_rate * hyper["weight_decay"], weight)
-        return torch.addcmul(weight * keep, update, scalar(-learning_rate, weight)), momentum
+        stacks = [bucket.stack(direction) for bucket in segment.buckets]
+        sized = [partial(bucket.scaled, factor=self.scale.factor) for bucket in segment.buckets]
+        orthogonal = orthogonalise(stacks, [QUINTIC] * self.newton_schulz_steps, sized)
+        update = torch.cat([stack.reshape(-1) for stack in orthogonal]).to(weight.dtype)
+        keep, amount = scalars.result()
+        return torch.addcmul(weight * keep, update, amount), momentum
 
-    def _sized(self, stack: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
-        """A bucket's matrices times their factors, flattened: upright blocks, then transposed ones."""
-        upright = self.scale.factor(bucket.rows, bucket.cols)
-        transposed = self.scale.factor(bucket.cols, bucket.rows)
-        if upright == transposed:
-            return [(stack * upright).reshape(-1)]
-        split = bucket.upright * bucket.batch
-        return [(stack[:split] * upright).reshape(-1), (stack[split:] * transposed).reshape(-1)]
+
+def _step_scalars(hyper: Hyper, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What weight decay leaves of a weight, and the negative learning rate."""
+    keep = 1 - hyper["learning_rate"] * hyper["weight_decay"]
+    return scalar(keep, like), scalar(-hyper["learning_rate"], like)
 
 
 def auxiliary_scalars(hyper: Hyper, step: torch.Tensor) -> AdamScalars:

@@ -10,11 +10,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from tunebench.optim.branches import in_branches
+from tunebench.optim.branches import Beside, in_branches
 from tunebench.optim.eigenbasis import eigenbasis, power_iteration
 from tunebench.optim.factors import Factors, Sides
 from tunebench.optim.packing import Packing, Segment, Tensors
 from tunebench.optim.rule import Hyper, Phase, scalar
+from tunebench.optim.rules.adam import average, average_square, moments
 
 
 class Basis(StrEnum):
@@ -59,14 +60,6 @@ class AdamStep:
             amount=-corrected.masked_fill(first, 0.0),
             keep=keep.masked_fill(first, 1.0),
         )
-
-    def average(self, exp_avg: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The running average with one more gradient."""
-        return torch.lerp(exp_avg, grad, scalar(1 - self.beta1, grad))
-
-    def average_square(self, exp_avg_sq: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The running average of squares with one more gradient."""
-        return torch.addcmul(exp_avg_sq * scalar(self.beta2, grad), grad, grad * scalar(1 - self.beta2, grad))
 
     def normalised(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
         """Adam's direction, the average over the root of the average square."""
@@ -157,38 +150,47 @@ class Soap:
         phase: Phase = Phase.PLAIN,
     ) -> tuple[Tensors, Tensors]:
         """One step, see `UpdateRule.update`."""
-        factors, fresh, orders = self._refreshed(grads, state, hyper, step, phase)
-        bases = fresh if self.basis is Basis.CURRENT else _unkeyed("basis", state)
-        matrix_step, auxiliary_step = self.matrix_scalars(step, hyper), AdamStep.at(step, hyper, "aux_")
-        weights: Tensors = {}
-        new = _keyed("factor", factors) | _keyed("basis", fresh)
-        for segment in self.packing.segments:
-            name = segment.name
-            old = Vectors(params[name], grads[name], state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"])
-            if segment.is_matrix:
-                if self.basis is Basis.CURRENT:
-                    old = self._reordered(segment, old, orders)
-                moved = self.matrix_step(segment, old, matrix_step, bases)
-                if self.basis is Basis.PAST:
-                    moved = self._reordered(segment, moved, orders)
+        olds = {
+            name: Vectors(params[name], grads[name], state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"])
+            for name in params
+        }
+        refreshed = Beside(partial(self._refreshed, grads, state, hyper, step, phase), "refresh")
+        scalars = Beside(partial(self.matrix_scalars, step, hyper), "scalars")
+        rest = Beside(partial(self._auxiliary_steps, olds, hyper, step), "auxiliary")
+        moved: dict[str, Vectors] = {}
+        for segment in (segment for segment in self.packing.segments if segment.is_matrix):
+            old = olds[segment.name]
+            if self.basis is Basis.CURRENT:
+                _, bases, orders = refreshed.result()
+                moved[segment.name] = self.matrix_step(segment, self._reordered(segment, old, orders), scalars, bases)
             else:
-                moved = _auxiliary_step(old, auxiliary_step)
-            weights[name] = moved.weight
-            new[f"exp_avg/{name}"], new[f"exp_avg_sq/{name}"] = moved.exp_avg, moved.exp_avg_sq
-        return weights, new
+                after = self.matrix_step(segment, old, scalars, _unkeyed("basis", state))
+                moved[segment.name] = self._reordered(segment, after, refreshed.result()[2])
+        moved |= rest.result()
+        factors, fresh, _ = refreshed.result()
+        new = _keyed("factor", factors) | _keyed("basis", fresh)
+        for name, vectors in moved.items():
+            new[f"exp_avg/{name}"], new[f"exp_avg_sq/{name}"] = vectors.exp_avg, vectors.exp_avg_sq
+        return {name: vectors.weight for name, vectors in moved.items()}, new
+
+    def _auxiliary_steps(self, olds: Mapping[str, Vectors], hyper: Hyper, step: torch.Tensor) -> dict[str, Vectors]:
+        scalars = AdamStep.at(step, hyper, "aux_")
+        names = [segment.name for segment in self.packing.segments if not segment.is_matrix]
+        return {name: _auxiliary_step(olds[name], scalars) for name in names}
 
     def matrix_scalars(self, step: torch.Tensor, hyper: Hyper) -> AdamStep:
         """The scalars that `matrix_step` is given."""
         return AdamStep.at(step, hyper)
 
-    def matrix_step(self, segment: Segment, old: Vectors, scalars: AdamStep, bases: Tensors) -> Vectors:
+    def matrix_step(self, segment: Segment, old: Vectors, scalars: Beside[AdamStep], bases: Tensors) -> Vectors:
         """Weights and moments of one matrix segment after this step, in these bases."""
-        exp_avg = scalars.average(old.exp_avg, old.grad)
-        rotated, averaged = self.factors.rotate_both(segment, old.grad, exp_avg, bases)
-        exp_avg_sq = scalars.average_square(old.exp_avg_sq, rotated)
-        whitened = scalars.normalised(averaged, exp_avg_sq)
+        rotated, rotated_avg = self.factors.rotate_both(segment, old.grad, old.exp_avg, bases)
+        adam = scalars.result()
+        exp_avg = average(old.exp_avg, old.grad, adam.beta1)
+        exp_avg_sq = average_square(old.exp_avg_sq, rotated, adam.beta2)
+        whitened = adam.normalised(average(rotated_avg, rotated, adam.beta1), exp_avg_sq)
         direction = self.direction(segment, whitened, bases)
-        return Vectors(scalars.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
+        return Vectors(adam.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
 
     def direction(self, segment: Segment, whitened: torch.Tensor, bases: Tensors) -> torch.Tensor:
         """What weights move along, given Adam's direction in the eigenbasis: here that direction rotated back."""
@@ -230,8 +232,7 @@ class Soap:
 
 
 def _auxiliary_step(old: Vectors, scalars: AdamStep) -> Vectors:
-    exp_avg = scalars.average(old.exp_avg, old.grad)
-    exp_avg_sq = scalars.average_square(old.exp_avg_sq, old.grad)
+    exp_avg, exp_avg_sq = moments(old.grad, old.exp_avg, old.exp_avg_sq, scalars.beta1, scalars.beta2)
     direction = scalars.normalised(exp_avg, exp_avg_sq)
     return Vectors(scalars.applied(old.weight, direction), old.grad, exp_avg, exp_avg_sq)
 

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 
+from tunebench.optim.branches import Beside
 from tunebench.optim.newton_schulz import CUBIC, QUINTIC, Coefficients, orthogonalise
-from tunebench.optim.packing import Segment, Tensors
+from tunebench.optim.packing import Bucket, Segment, Tensors
 from tunebench.optim.rule import Hyper, scalar
+from tunebench.optim.rules.adam import average, average_square
 from tunebench.optim.rules.muon import Scale
 from tunebench.optim.rules.soap import AdamStep, Soap, Vectors
 from tunebench.optim.singular_values import square_root
@@ -51,6 +54,9 @@ _SCHEDULES: dict[Recipe, list[Coefficients]] = {
 _OUTWARD = 0.5
 _LEAST_UPDATE = 0.3825
 
+_Sized = Callable[..., torch.Tensor]
+"""Gives the orthogonalised matrices of a `bucket` their size."""
+
 
 @dataclass(frozen=True)
 class SoapMuon(Soap):
@@ -87,11 +93,13 @@ class SoapMuon(Soap):
     def direction(self, segment: Segment, whitened: torch.Tensor, bases: Tensors) -> torch.Tensor:
         """SOAP's direction, orthogonalised and scaled as the recipe says; zero matrices stay zero."""
         if self.recipe is Recipe.NANOGPT:
-            roots = [_normalised(x.sign() * x.abs().sqrt()) for x in self._orthogonal(segment, whitened)]
-            return self.factors.rotate_back(segment, _joined(segment, roots, _nanogpt_norm, whitened.dtype), bases)
+            rooted = self._orthogonal(segment, whitened, _nanogpt_roots)
+            return self.factors.rotate_back(segment, rooted, bases)
         back = self.factors.rotate_back(segment, whitened, bases)
-        stacks = square_root(_stacks(segment, back)) if self.rho else self._orthogonal(segment, back)
-        return _joined(segment, [_normalised(stack) for stack in stacks], _unit_rms_norm, whitened.dtype)
+        if not self.rho:
+            return self._orthogonal(segment, back, _unit_rms)
+        roots = square_root([bucket.stack(back) for bucket in segment.buckets])
+        return _joined([_unit_rms(stack, bucket) for stack, bucket in zip(roots, segment.buckets, strict=True)], back)
 
     def matrix_scalars(self, step: torch.Tensor, hyper: Hyper) -> AdamStep:
         """SOAP's, but for TRACK3, which takes its first step, unwhitened, and corrects no bias."""
@@ -105,43 +113,46 @@ class SoapMuon(Soap):
             keep=1 - hyper["learning_rate"] * hyper["weight_decay"],
         )
 
-    def matrix_step(self, segment: Segment, old: Vectors, scalars: AdamStep, bases: Tensors) -> Vectors:
+    def matrix_step(self, segment: Segment, old: Vectors, scalars: Beside[AdamStep], bases: Tensors) -> Vectors:
         """Weights and moments of one matrix segment after this step, in these bases."""
         if self.recipe is not Recipe.TRACK3:
             return super().matrix_step(segment, old, scalars, bases)
-        exp_avg = scalars.average(old.exp_avg, old.grad)
-        nesterov = torch.lerp(old.grad, exp_avg, scalar(scalars.beta1, old.grad))
+        adam = scalars.result()
+        exp_avg = average(old.exp_avg, old.grad, adam.beta1)
+        nesterov = torch.lerp(old.grad, exp_avg, scalar(adam.beta1, old.grad))
         rotated = self.factors.rotate(segment, nesterov, bases)
-        exp_avg_sq = scalars.average_square(old.exp_avg_sq, rotated)
+        exp_avg_sq = average_square(old.exp_avg_sq, rotated, adam.beta2)
         # At the first step the average square is zero and the basis trivial: the momentum over epsilon, which is the
         # momentum to Newton-Schulz.
-        whitened = rotated / torch.maximum(torch.sqrt(exp_avg_sq), scalar(scalars.eps, rotated))
-        stacks = self._orthogonal(segment, self.factors.rotate_back(segment, whitened, bases))
-        update = _joined(segment, stacks, Scale.KELLER.factor, rotated.dtype)
-        rate = scalar(-scalars.amount, update)
+        whitened = rotated / torch.maximum(torch.sqrt(exp_avg_sq), scalar(adam.eps, rotated))
+        back = self.factors.rotate_back(segment, whitened, bases)
+        update = self._orthogonal(segment, back, _keller)
+        rate = scalar(-adam.amount, update)
         moved = [_braked_move(bucket.of(old.weight), bucket.of(update), rate).reshape(-1) for bucket in segment.buckets]
-        weight = torch.cat(moved) * scalar(scalars.keep, update)
+        weight = torch.cat(moved) * scalar(adam.keep, update)
         return Vectors(weight, old.grad, exp_avg, exp_avg_sq)
 
-    def _orthogonal(self, segment: Segment, vector: torch.Tensor) -> list[torch.Tensor]:
-        return orthogonalise(_stacks(segment, vector), _SCHEDULES[self.recipe])
+    def _orthogonal(self, segment: Segment, vector: torch.Tensor, sized: _Sized) -> torch.Tensor:
+        stacks = [bucket.stack(vector) for bucket in segment.buckets]
+        finishes = [partial(sized, bucket=bucket) for bucket in segment.buckets]
+        return _joined(orthogonalise(stacks, _SCHEDULES[self.recipe], finishes), vector)
 
 
-def _stacks(segment: Segment, vector: torch.Tensor) -> list[torch.Tensor]:
-    """The matrices of each bucket, (matrices, rows, cols)."""
-    return [bucket.of(vector).flatten(0, 1) for bucket in segment.buckets]
+def _joined(stacks: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """A segment's vector from its stacks of matrices."""
+    return torch.cat([stack.reshape(-1) for stack in stacks]).to(like.dtype)
 
 
-def _joined(
-    segment: Segment, stacks: Sequence[torch.Tensor], factor: Callable[[int, int], float], dtype: torch.dtype
-) -> torch.Tensor:
-    """A segment's vector from its matrices, each times `factor(in, out)`."""
-    pieces = []
-    for bucket, stack in zip(segment.buckets, stacks, strict=True):
-        upright, transposed = factor(bucket.rows, bucket.cols), factor(bucket.cols, bucket.rows)
-        split = bucket.upright * bucket.batch if upright != transposed else stack.shape[0]
-        pieces += [(stack[:split] * upright).reshape(-1), (stack[split:] * transposed).reshape(-1)]
-    return torch.cat(pieces).to(dtype)
+def _unit_rms(stack: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return bucket.scaled(_normalised(stack), _unit_rms_norm)
+
+
+def _nanogpt_roots(stack: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return bucket.scaled(_normalised(stack.sign() * stack.abs().sqrt()), _nanogpt_norm)
+
+
+def _keller(stack: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return bucket.scaled(stack, Scale.KELLER.factor)
 
 
 def _normalised(stack: torch.Tensor) -> torch.Tensor:
