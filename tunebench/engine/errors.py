@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from nequip.data import AtomicDataDict
@@ -26,20 +26,12 @@ class ErrorSums:
 
     def add(self, quantity: str, error: torch.Tensor) -> None:
         """Add errors of any shape; NaN marks a missing label of the reference."""
-        labelled = ~torch.isnan(error)
-        error = torch.where(labelled, error, torch.zeros_like(error)).to(torch.float64)
-        sums = torch.stack([error.abs().sum(), error.square().sum(), labelled.sum().to(torch.float64)])
+        sums = _sums_of(error)
         self._sums[quantity] = self._sums[quantity] + sums if quantity in self._sums else sums
 
     def metrics(self) -> dict[str, float]:
         """MAE and RMSE of every quantity with at least one label, keyed by `Metric` names."""
-        out: dict[str, float] = {}
-        for quantity, sums in self._sums.items():
-            absolute, square, count = sums.tolist()
-            if count > 0:
-                mae, rmse = _MAE_RMSE[quantity]
-                out[mae.value], out[rmse.value] = absolute / count, math.sqrt(square / count)
-        return out
+        return metrics_of_sums({quantity: sums.tolist() for quantity, sums in self._sums.items()})
 
 
 def split_errors(
@@ -55,19 +47,78 @@ def split_errors(
     for batch in batches:
         output = model(dict(batch))
         with torch.no_grad():
-            sums.add("energy_per_atom", _unmasked(energy_per_atom_error(output, batch)))
-            sums.add("forces", _keep_label_mask(output, batch, AtomicDataDict.FORCE_KEY))
-            if stress:
-                sums.add("stress", _keep_label_mask(output, batch, AtomicDataDict.STRESS_KEY))
+            for quantity, error in _errors(output, batch, stress=stress).items():
+                sums.add(quantity, error)
     model.train(training)
     return sums.metrics()
 
 
-def _keep_label_mask(output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+def quantities(*, stress: bool) -> tuple[str, ...]:
+    """The quantities whose errors are measured, in the order of the rows of `error_sums`."""
+    return tuple(_MAE_RMSE) if stress else ("energy_per_atom", "forces")
+
+
+def error_sums(
+    output: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    *,
+    stress: bool,
+    force_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sums over the labelled values of one batch; works under `torch.vmap` and makes no host synchronisation.
+
+    Args:
+        output: predictions, NequIP's keys.
+        batch: labels, NaN where there is none, as all labels of a ghost frame are.
+        stress: whether the stress counts.
+        force_labels: frames of the batch whose forces count, bool (frames,); left out, all that have forces.
+
+    Returns:
+        float64 (quantities, 3): sum of absolute errors, sum of squared errors, number of values. A prediction that is
+        not finite makes its sums infinite. Sums of batches add up; `metrics_of_sums` makes metrics of them.
+    """
+    errors = _errors(output, batch, stress=stress)
+    if force_labels is not None:
+        counted = force_labels[batch[AtomicDataDict.BATCH_KEY]].unsqueeze(-1)
+        errors["forces"] = torch.where(counted, errors["forces"], torch.full_like(errors["forces"], math.nan))
+    return torch.stack([_sums_of(error) for error in errors.values()])
+
+
+def metrics_of_sums(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """MAE and RMSE of every quantity with at least one label, keyed by `Metric` names.
+
+    Args:
+        sums: of each quantity, a row of `error_sums` added up over the batches.
+    """
+    out: dict[str, float] = {}
+    for quantity, (absolute, square, count) in sums.items():
+        if count > 0:
+            mae, rmse = _MAE_RMSE[quantity]
+            out[mae.value], out[rmse.value] = absolute / count, math.sqrt(square / count)
+    return out
+
+
+def _errors(
+    output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, stress: bool
+) -> dict[str, torch.Tensor]:
+    """Errors of each quantity, in the order of `quantities`."""
+    energy, forces, stresses = AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.FORCE_KEY, AtomicDataDict.STRESS_KEY
+    errors = {
+        "energy_per_atom": _keep_label_mask(energy_per_atom_error(output, batch), batch[energy]),
+        "forces": _keep_label_mask(output[forces] - batch[forces], batch[forces]),
+    }
+    if stress:
+        errors["stress"] = _keep_label_mask(output[stresses] - batch[stresses], batch[stresses])
+    return errors
+
+
+def _sums_of(error: torch.Tensor) -> torch.Tensor:
+    labelled = ~torch.isnan(error)
+    error = torch.where(labelled, error, torch.zeros_like(error)).to(torch.float64)
+    return torch.stack([error.abs().sum(), error.square().sum(), labelled.sum().to(torch.float64)])
+
+
+def _keep_label_mask(error: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Error that is NaN exactly where the label is missing; a NaN prediction becomes infinite instead."""
-    error = _unmasked(output[key] - batch[key])
-    return torch.where(torch.isnan(batch[key]), torch.full_like(error, math.nan), error)
-
-
-def _unmasked(error: torch.Tensor) -> torch.Tensor:
-    return torch.where(torch.isnan(error), torch.full_like(error, math.inf), error)
+    error = torch.where(torch.isnan(error), torch.full_like(error, math.inf), error)
+    return torch.where(torch.isnan(label), torch.full_like(error, math.nan), error)

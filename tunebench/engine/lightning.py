@@ -6,12 +6,10 @@ evaluation step without touching Lightning's loop state, and sees the batches `n
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -21,9 +19,8 @@ from nequip.utils.global_state import set_global_state
 from torch.utils.data import DataLoader
 
 from tunebench.engine.batches import on_device, task_frames
-from tunebench.engine.board import TrialBoard
-from tunebench.engine.checkpoints import FINAL, checkpoint_folder, load_checkpoint, save_checkpoint
-from tunebench.engine.curves import curve_rows, write_curve
+from tunebench.engine.book import TrialBook
+from tunebench.engine.checkpoints import FINAL
 from tunebench.engine.errors import split_errors
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
@@ -33,8 +30,7 @@ from tunebench.engine.readouts import readout_weights
 from tunebench.engine.task import Errors, Evaluation, Report, TrialTask
 from tunebench.optim.realised import BrokenPromise, realised_groups
 from tunebench.study.files import replacing
-from tunebench.study.objective import objective_value, selected_readout
-from tunebench.study.record import Metric, Readout, Reason, Split, Stage
+from tunebench.study.record import Readout, Reason, Split, Stage
 from tunebench.workloads.frames import PreparedFrames
 from tunebench.workloads.order import batch_order
 
@@ -66,8 +62,8 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
         reason = Reason.STOPPED_ASHA
         raise
     finally:
-        trial.board.close(trial.last, reason)
-    return trial.last
+        trial.book.close(reason)
+    return trial.book.last
 
 
 class _Ended(Exception):
@@ -79,38 +75,30 @@ class _Trial(lightning.Callback):
 
     def __init__(self, task: TrialTask, report: Report) -> None:
         self.task, self.report = task, report
-        self.began = time.perf_counter()
-        self.folder = checkpoint_folder(task.run, task.key.trial_id)
+        self.book = TrialBook(task)
         config = training_module(task)
         weights = LossWeights.of(task.workload.loss)
         self.module = build_module(config, weights, task.averaged, info_dict(task, config))
         self.optimizer: Any = None
-        self.groups: list[dict[str, Any]] = []
-        self.restored = load_checkpoint(self.folder)
-        self.last = _evaluation_before(self.restored)
-        self.step = self.last.step
-        self.device_s = self.last.device_s
-        self.earlier_wall_s = self.last.wall_s
-        self.attempts = self.last.attempts + 1
-        self.rows = [tuple(row) for row in self.restored["rows"]] if self.restored else []
+        self.restored = self.book.take_checkpoint()
+        self.step = self.book.last.step
         self.training_since: float | None = None  # None while the device does anything but training steps
         self.frames: dict[str, PreparedFrames] = {}
-        self.board = TrialBoard(task.run, task.key, task.hyperparameters, self.step)
 
     def train(self) -> Reason:
         """Train until the horizon or an early end, which is reported."""
         if self.restored:  # the driver may have missed it
-            self.report(self.last)
+            self.report(self.book.last)
         try:
-            if self.last.outcome is None:
+            if self.book.last.outcome is None:
                 self._fit()
         except _Ended:
             pass
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._end(Reason.OOM, (str(error) or "out of memory").splitlines()[0])
-        if self.last.outcome is None:
+        if self.book.last.outcome is None:
             raise RuntimeError(f"{self.task.key.trial_id}: training stopped at step {self.step} of its horizon")
-        return self.last.outcome
+        return self.book.last.outcome
 
     def _fit(self) -> None:
         workload = self.task.workload
@@ -139,9 +127,9 @@ class _Trial(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizer and restore the checkpoint, now that the optimizer exists."""
         self.optimizer = trainer.optimizers[0]
-        self.groups = realised_groups(self.optimizer)
+        self.book.groups = realised_groups(self.optimizer)
         try:
-            check_groups(self.task, self.groups, self.module.model)
+            check_groups(self.task, self.book.groups, self.module.model)
         except BrokenPromise as error:
             self._end(Reason.MISMATCHED, str(error))
             raise _Ended from error
@@ -166,30 +154,18 @@ class _Trial(lightning.Callback):
             self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:
-        evaluation = self._measure(trainer)
-        outcome, message = self._outcome(evaluation)
-        self.last = replace(evaluation, outcome=outcome, message=message)
-        self.rows += curve_rows(self.task.key.trial_id, self.last)
-        write_curve(self.task.run, self.task.key.trial_id, self.rows)
-        self.board.add(self.last)
-        if outcome is not Reason.DIVERGED:
-            self._save(trainer)
-        self.report(self.last)
-        if outcome not in (None, Reason.FINISHED):
+        last = self.book.evaluated(
+            self.step,
+            self._errors(),
+            train_loss=self.module.mean_loss(),
+            learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
+            save=lambda: self._state(trainer),
+        )
+        self.report(last)
+        if last.outcome not in (None, Reason.FINISHED):
             raise _Ended
 
-    def _outcome(self, evaluation: Evaluation) -> tuple[Reason | None, str]:
-        raw = evaluation.errors[Split.VAL][Readout.RAW][Metric.OBJECTIVE]
-        if not math.isfinite(raw):
-            return Reason.DIVERGED, f"validation error {raw} at step {self.step}"
-        if self.step == self.task.workload.max_steps:
-            return Reason.FINISHED, ""
-        limit = self.task.time_limit_s
-        if limit is not None and evaluation.wall_s > limit:
-            return Reason.TIMED_OUT, f"{evaluation.wall_s:.0f} s at step {self.step}, allowed: {limit:g} s"
-        return None, ""
-
-    def _measure(self, trainer: Any) -> Evaluation:
+    def _errors(self) -> Errors:
         """Errors on the validation split with both readouts, and at the horizon on the splits opened once."""
         at_horizon = self.step == self.task.workload.max_steps
         splits = ("val", *(self.task.final_splits if at_horizon else ()))
@@ -198,21 +174,7 @@ class _Trial(lightning.Callback):
             with readout_weights(self.module, self.optimizer, readout):
                 for split in splits:
                     errors[split][readout.value] = self._split_errors(split)
-        objectives = {}
-        for readout_name, metrics in errors["val"].items():
-            objectives[readout_name] = objective_value(metrics, self.task.objective)
-            metrics[Metric.OBJECTIVE.value] = objectives[readout_name]
-        return Evaluation(
-            step=self.step,
-            objective=objectives[str(selected_readout(objectives, self.task.objective))],
-            errors=errors,
-            wall_s=self.wall_s,
-            device_s=self.device_s,
-            train_loss=self.module.mean_loss(),
-            learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
-            attempts=self.attempts,
-            groups=self.groups,
-        )
+        return errors
 
     def _split_errors(self, split: str) -> dict[str, float]:
         workload = self.task.workload
@@ -230,69 +192,33 @@ class _Trial(lightning.Callback):
             self.frames[split] = task_frames(self.task, split)
         return self.frames[split]
 
-    def _save(self, trainer: Any) -> None:
-        if self.last.outcome is Reason.FINISHED and self.task.key.stage is Stage.CONFIRM:
-            with replacing(self.folder / FINAL) as partial:  # before the checkpoint that says the trial is finished
+    def _state(self, trainer: Any) -> dict[str, Any]:
+        if self.book.last.outcome is Reason.FINISHED and self.task.key.stage is Stage.CONFIRM:
+            with replacing(
+                self.book.folder / FINAL
+            ) as partial:  # before the checkpoint that says the trial is finished
                 trainer.save_checkpoint(partial)
-        save_checkpoint(
-            self.folder,
-            {
-                "evaluation": json.dumps(self.last.to_plain()),
-                "rows": self.rows,
-                "module": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-            },
-        )
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        }
 
     def _end(self, reason: Reason, message: str) -> None:
         """Report an end between two evaluations."""
         self._book_training()
-        self.last = replace(
-            self.last,
-            step=self.step,
-            objective=math.inf,
-            errors={},
-            wall_s=self.wall_s,
-            device_s=self.device_s,
-            attempts=self.attempts,
-            groups=self.groups,
-            outcome=reason,
-            message=message,
-        )
-        self.report(self.last)
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds since the trial began; earlier attempts count up to their last checkpoint."""
-        return self.earlier_wall_s + time.perf_counter() - self.began
+        self.report(self.book.ended(self.step, reason, message))
 
     def _book_training(self) -> None:
         """Add the training since the last evaluation to the device-seconds."""
         if self.training_since is not None:
-            self.device_s += self._now() - self.training_since
+            self.book.device_s += self._now() - self.training_since
             self.training_since = None
 
     def _now(self) -> float:
         if self.task.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def _evaluation_before(checkpoint: dict[str, Any] | None) -> Evaluation:
-    """What the checkpoint had measured; step 0 where there is none."""
-    if checkpoint:
-        return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    return Evaluation(
-        step=0,
-        objective=math.inf,
-        errors={},
-        wall_s=0.0,
-        device_s=0.0,
-        train_loss=math.nan,
-        learning_rate=math.nan,
-        attempts=0,
-    )
 
 
 def _quiet_lightning() -> None:

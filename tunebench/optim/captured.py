@@ -72,7 +72,8 @@ class CapturedStep:
 
     def _fill_inputs(self, grads: Mapping[str, torch.Tensor], step: int, device: torch.device) -> None:
         if self._step is None or self._step.device != device:
-            self._flat_grads, self._grads = self._rule.packing.buffers(device)
+            self._flat_grads = self._rule.packing.buffers(device)
+            self._grads = self._rule.packing.split(self._flat_grads)
             self._step = torch.zeros((), dtype=torch.int64, device=device)
         torch._foreach_copy_(list(self._grads.values()), [grads[name] for name in self._grads])
         self._step.fill_(step)
@@ -88,7 +89,8 @@ class CapturedStep:
         assert self._step is not None
         packing = self._rule.packing
         # As `pack`, with one kernel for all weights in place of a concatenation of hundreds.
-        flat, copies = packing.buffers(self._step.device)
+        flat = packing.buffers(self._step.device)
+        copies = packing.split(flat)
         torch._foreach_copy_(list(copies.values()), [self._parameters[name] for name in copies])
         grads, weights = packing.arranged(self._flat_grads), packing.arranged(flat)
         weights, new = self._rule.update(grads, state, weights, hyper, self._step, phase)

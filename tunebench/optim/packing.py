@@ -143,32 +143,42 @@ class Packing:
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Named tensors, shaped as the parameters, to one vector per segment; works under `vmap`."""
-        return self.arranged(
-            {dtype: torch.cat([tensors[name].reshape(-1) for name in names]) for dtype, names in self._names.items()}
-        )
+        return self.arranged(self.joined({name: tensors[name].reshape(-1) for name in self._shapes}))
+
+    def joined(self, vectors: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
+        """One vector per dtype, as `arranged` takes it, of the parameters as vectors; leading axes are kept."""
+        return {dtype: torch.cat([vectors[name] for name in names], dim=-1) for dtype, names in self._names.items()}
 
     def arranged(self, flat: Mapping[torch.dtype, torch.Tensor]) -> Tensors:
         """`pack`, from one vector per dtype that holds the tensors one after another, sorted by name."""
         return {segment.name: self._select(flat[segment.dtype], segment.name) for segment in self.segments}
 
-    def buffers(self, device: torch.device) -> tuple[dict[torch.dtype, torch.Tensor], Tensors]:
-        """Empty vectors for `arranged`, and their parts as named tensors in the shape of the parameters."""
-        flat: dict[torch.dtype, torch.Tensor] = {}
-        named: Tensors = {}
-        for dtype, names in self._names.items():
-            sizes = [self._shapes[name].numel() for name in names]
-            flat[dtype] = torch.empty(sum(sizes), dtype=dtype, device=device)
-            pieces = torch.split(flat[dtype], sizes)
-            named |= {name: piece.view(self._shapes[name]) for name, piece in zip(names, pieces, strict=True)}
-        return flat, named
+    def buffers(self, device: torch.device, *leading: int) -> dict[torch.dtype, torch.Tensor]:
+        """Empty vectors for `arranged`, with these leading axes."""
+        return {
+            dtype: torch.empty(*leading, sum(self._shapes[n].numel() for n in names), dtype=dtype, device=device)
+            for dtype, names in self._names.items()
+        }
+
+    def flattened(self, packed: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
+        """The inverse of `arranged`."""
+        flat = {}
+        for dtype in self._names:
+            joined = torch.cat([packed[segment.name] for segment in self.segments if segment.dtype is dtype])
+            flat[dtype] = self._select(joined, str(dtype))
+        return flat
 
     def unpack(self, packed: Mapping[str, torch.Tensor]) -> Tensors:
         """The inverse of `pack`; the tensors may share storage."""
+        return self.split(self.flattened(packed))
+
+    def split(self, flat: Mapping[torch.dtype, torch.Tensor]) -> Tensors:
+        """The named tensors, views, in one vector per dtype; leading axes of the vectors are kept."""
         tensors: Tensors = {}
         for dtype, names in self._names.items():
-            joined = torch.cat([packed[segment.name] for segment in self.segments if segment.dtype is dtype])
-            pieces = torch.split(self._select(joined, str(dtype)), [self._shapes[name].numel() for name in names])
-            tensors |= {name: piece.view(self._shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+            pieces = torch.split(flat[dtype], [self._shapes[name].numel() for name in names], dim=-1)
+            for name, piece in zip(names, pieces, strict=True):
+                tensors[name] = piece.view(*piece.shape[:-1], *self._shapes[name])
         return tensors
 
     def _select(self, flat: torch.Tensor, what: str) -> torch.Tensor:

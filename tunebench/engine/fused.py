@@ -1,0 +1,482 @@
+"""Loss gradients and evaluations of many slots in one call, and their compiled form.
+
+A function over slots is traced to one joint graph, forward and backward, with concrete shapes. The graph runs as it is
+(`Unfused`) or compiled by Inductor (`Fused`). Both are kept on disk under a key of everything they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import math
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from nequip.data import AtomicDataDict
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._inductor import standalone_compile
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+from torch._inductor.standalone_compile import CompiledArtifact
+from torch.func import functionalize, grad_and_value, vmap
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
+
+from tunebench.engine import rewrites
+from tunebench.engine.functional import FunctionalModel, Tensors, one_line
+from tunebench.engine.loss import LossWeights, weighted_loss
+from tunebench.engine.rewrites import constants_as_inputs, own_memory_for_scatter_bases, simplify
+
+log = logging.getLogger(__name__)
+
+RTOL = 1e-4
+"""Largest relative difference between the compiled and the plain form of a single-precision model."""
+
+
+class SlotFunction(Protocol):
+    """A pure function of mappings of stacked tensors, and a text that is equal for equal functions only."""
+
+    @property
+    def description(self) -> str:
+        """Part of the cache key."""
+
+    def __call__(self, weights: Tensors, constants: Tensors, batch: Tensors) -> Any:
+        """Tensors, tuples of tensors or dictionaries of tensors, all with a leading slot axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossGradient:
+    """Training loss and its gradient in every slot: each has its own weights, constants, batch and label mask."""
+
+    model: FunctionalModel
+    loss_weights: LossWeights
+
+    @property
+    def description(self) -> str:
+        """Part of the cache key."""
+        return f"loss gradient {self.loss_weights} {self.model.description}"
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """Keys of a batch that are read: the model's fields, the labels and the atoms of each frame."""
+        weights = self.loss_weights
+        labels = [AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.NUM_NODES_KEY]
+        labels += [AtomicDataDict.FORCE_KEY] if weights.forces > 0 else []
+        labels += [AtomicDataDict.STRESS_KEY] if weights.stress > 0 else []
+        return (*self.model.fields, *(key for key in labels if key not in self.model.fields))
+
+    def __call__(
+        self, weights: Tensors, constants: Tensors, batch: Tensors
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses (slots,) and gradients {name: (slots, ...)}; every tensor given has a leading slot axis.
+
+        A NaN label is a missing one; ghost frames and atoms have none.
+        """
+
+        def loss(weights: Tensors, constants: Tensors, batch: Tensors) -> torch.Tensor:
+            return weighted_loss(self.model(weights, constants, batch), batch, self.loss_weights)
+
+        gradients, losses = vmap(grad_and_value(loss))(dict(weights), dict(constants), dict(batch))
+        return losses, gradients
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluate:
+    """Predictions of every slot, on one batch for all of them or on one batch each."""
+
+    model: FunctionalModel
+    batch_per_slot: bool = False
+
+    @property
+    def description(self) -> str:
+        """Part of the cache key."""
+        return f"evaluate {self.batch_per_slot} {self.model.description}"
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """Keys of a batch that are read."""
+        return self.model.fields
+
+    def __call__(self, weights: Tensors, constants: Tensors, batch: Tensors) -> dict[str, torch.Tensor]:
+        """The model's outputs {key: (slots, ...)}; the batch has a slot axis only if it is one per slot."""
+        axis = 0 if self.batch_per_slot else None
+        return vmap(self.model, in_dims=(0, 0, axis))(dict(weights), dict(constants), dict(batch))
+
+
+@dataclass(frozen=True, eq=False)
+class Unfused:
+    """The joint graph, run operation by operation.
+
+    Attributes:
+        reason: why it is not compiled, in one line; empty for the plain form of a `Fused`.
+        seconds: what it took to ``trace`` or ``load`` it.
+        nodes: operations in the graph.
+    """
+
+    layout: _Layout
+    source: str
+    constants: tuple[torch.Tensor, ...]
+    nodes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def __call__(self, *inputs: Tensors) -> Any:
+        """The function's outputs for inputs of the shapes it was traced with."""
+        with torch.no_grad():
+            return self.layout.outputs(self._forward(None, *self.layout.inputs(inputs), *self.constants))
+
+    @cached_property
+    def _forward(self) -> Callable[..., list[torch.Tensor]]:
+        scope: dict[str, Any] = dict(_NAMES)
+        exec(compile(self.source, "<joint graph>", "exec"), scope)
+        return scope["forward"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """The joint graph compiled by Inductor.
+
+    Attributes:
+        unfused: the same function uncompiled.
+        difference: the worst relative difference between both on the example inputs.
+        seconds: what it took to ``compile`` or ``load`` it.
+    """
+
+    unfused: Unfused
+    compiled: Callable[..., Sequence[torch.Tensor]]
+    seconds: Mapping[str, float]
+    difference: float = math.nan
+
+    def __call__(self, *inputs: Tensors) -> Any:
+        """The function's outputs for inputs of the shapes, strides and device it was compiled with."""
+        layout = self.unfused.layout
+        with torch.no_grad():
+            return layout.outputs(self.compiled(*layout.inputs(inputs), *self.unfused.constants))
+
+
+class Disagreement(Exception):
+    """A compiled graph that computes something else than the graph; the message is one line."""
+
+
+def fuse(
+    function: SlotFunction, example_inputs: Sequence[Tensors], cache: Path | None = None, rtol: float = RTOL
+) -> Fused | Unfused:
+    """Trace a function over slots and compile it, or load both from the cache.
+
+    The compiled form is compared with the plain one on the example inputs. Where it cannot be made or differs, the
+    plain form is returned and one line is logged. A cache file that cannot be read is made anew, and processes may
+    share a cache.
+
+    Args:
+        function: a function over slots.
+        example_inputs: its arguments with real values, contiguous, of the shapes, dtypes and device of all later calls.
+        cache: its folder; without it nothing is kept.
+        rtol: largest relative difference of any output in any slot.
+    """
+    store = _Store(cache, _key(function, example_inputs))
+    unfused, module = _unfused(function, example_inputs, store)
+    try:
+        fused = _compiled(function, example_inputs, unfused, module, store)
+        difference = agrees(fused, unfused, example_inputs, rtol)
+    except Exception as error:  # Inductor raises whatever its compilers do; the plain form needs none of them
+        reason = f"not compiled, {one_line(error)}"
+        log.warning("%s: %s", type(function).__name__, reason)
+        return replace(unfused, reason=reason)
+    return replace(fused, difference=difference)
+
+
+def agrees(fused: Callable[..., Any], unfused: Callable[..., Any], inputs: Sequence[Tensors], rtol: float) -> float:
+    """The worst relative difference between two forms of a function, over its outputs and slots.
+
+    A difference counts relative to the largest value of that output in that slot, or to rounding of the slot's largest
+    output of the same dtype where that is larger.
+
+    Raises:
+        Disagreement: it is above `rtol`, or a value is finite in one form only.
+    """
+    worst = max(_differences(_by_path(fused(*inputs)), _by_path(unfused(*inputs))))
+    if not worst <= rtol:
+        raise Disagreement(
+            f"relative difference {worst:.1e} between the compiled and the plain graph, allowed: {rtol:g}"
+        )
+    return worst
+
+
+def _by_path(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of an output in an order that does not depend on a dictionary's."""
+    leaves, _ = tree_flatten_with_path(outputs)
+    return [leaf for _, leaf in sorted((keystr(path), leaf) for path, leaf in leaves)]
+
+
+def _differences(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Iterator[float]:
+    scales = [_per_slot(value) for value in expected]
+    largest: dict[torch.dtype, torch.Tensor] = {}
+    for value, scale in zip(expected, scales, strict=True):
+        largest[value.dtype] = torch.maximum(largest.get(value.dtype, scale), scale)
+    for one, other, scale in zip(found, expected, scales, strict=True):
+        if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+            yield math.inf
+            continue
+        rounding = 1e3 * torch.finfo(other.dtype).eps
+        floor = (rounding * largest[other.dtype]).clamp_min(torch.finfo(other.dtype).tiny)
+        difference = _per_slot(torch.where(other.isfinite(), one - other, torch.zeros_like(other)))
+        yield float((difference / torch.maximum(scale, floor)).max())
+
+
+def _per_slot(value: torch.Tensor) -> torch.Tensor:
+    """The largest finite absolute value in every slot, (slots,)."""
+    size = torch.where(value.isfinite(), value.abs(), torch.zeros_like(value)).reshape(value.shape[0], -1)
+    return size.amax(dim=1) if size.shape[1] else size.new_zeros(value.shape[0])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Order of the tensors in a call's mappings, and the structure of what it returns (torch's TreeSpec as text)."""
+
+    keys: tuple[tuple[str, ...], ...]
+    returned: str = ""
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensors]) -> _Layout:
+        return cls(tuple(tuple(sorted(mapping)) for mapping in inputs))
+
+    def inputs(self, mappings: Sequence[Tensors]) -> list[torch.Tensor]:
+        return [mapping[key] for keys, mapping in zip(self.keys, mappings, strict=True) for key in keys]
+
+    def mappings(self, tensors: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        rest = iter(tensors)
+        return [{key: next(rest) for key in keys} for keys in self.keys]
+
+    def outputs(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return tree_unflatten(list(tensors), self._spec)
+
+    @cached_property
+    def _spec(self) -> TreeSpec:
+        return treespec_loads(self.returned)
+
+
+# What the source of a traced graph refers to.
+_NAMES = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
+
+
+def _unfused(
+    function: SlotFunction, example_inputs: Sequence[Tensors], store: _Store
+) -> tuple[Unfused, GraphModule | None]:
+    """The joint graph from the store, or traced, and then with its module."""
+    began = time.perf_counter()
+    kept = store.read_graph()
+    if kept is not None:
+        return replace(kept, seconds={"load": time.perf_counter() - began}), None
+    module, layout, constants = joint_graph(function, example_inputs)
+    unfused = Unfused(
+        layout=layout,
+        source=module.code,
+        constants=constants,
+        nodes=len(module.graph.nodes),
+        seconds={"trace": time.perf_counter() - began},
+    )
+    store.write_graph(unfused)
+    return unfused, module
+
+
+def joint_graph(
+    function: SlotFunction, example_inputs: Sequence[Tensors]
+) -> tuple[GraphModule, _Layout, tuple[torch.Tensor, ...]]:
+    """One functional graph of a function over slots, forward and backward, with concrete shapes.
+
+    Returns:
+        The graph, the order of its inputs and outputs, and the constants that follow the inputs.
+    """
+    layout = _Layout.of(example_inputs)
+    returned: list[TreeSpec] = []
+
+    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves, spec = tree_flatten(function(*layout.mappings(tensors)))
+        returned.append(spec)
+        return leaves
+
+    with torch.no_grad():
+        module = make_fx(
+            functionalize(flat),
+            decomposition_table=select_decomp_table(),
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(*layout.inputs(example_inputs))
+    module = GraphModule(module, fx_graph_cse(simplify(module).graph))
+    own_memory_for_scatter_bases(module)
+    constants = constants_as_inputs(module)
+    return module, replace(layout, returned=treespec_dumps(returned[-1])), constants
+
+
+def _compiled(
+    function: SlotFunction,
+    example_inputs: Sequence[Tensors],
+    unfused: Unfused,
+    module: GraphModule | None,
+    store: _Store,
+) -> Fused:
+    """The compiled form from the store, or compiled."""
+    began = time.perf_counter()
+    kept = store.read_compiled()
+    if kept is not None:
+        return Fused(unfused=unfused, compiled=kept, seconds={"load": time.perf_counter() - began})
+    if module is None:
+        module, _, _ = joint_graph(function, example_inputs)
+    inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.constants]
+    with torch.no_grad(), store.inductor_files():
+        compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs")
+        fused = Fused(unfused=unfused, compiled=compiled, seconds={"compile": time.perf_counter() - began})
+        store.write_compiled(compiled)
+    return fused
+
+
+def _key(function: SlotFunction, example_inputs: Sequence[Tensors]) -> str:
+    """SHA-256 over everything that the graph and its compiled form depend on."""
+    layout = _Layout.of(example_inputs)
+    tensors = layout.inputs(example_inputs)
+    shapes = [(tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for tensor in tensors]
+    devices = sorted({_device_name(tensor.device) for tensor in tensors})
+    packages = [(name, version(name)) for name in ("torch", "nequip", "nequip-allegro", "e3nn", "tunebench")]
+    numerics = (torch.get_float32_matmul_precision(), torch.get_num_threads(), platform.python_version())
+    return hashlib.sha256(
+        repr((_code_digest(), function.description, layout.keys, shapes, devices, packages, numerics)).encode()
+    ).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    """SHA-256 of the code that makes and keeps the graphs."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, rewrites.__file__))).hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Cache files of one key. Each begins with the SHA-256 of its content."""
+
+    folder: Path | None
+    key: str
+
+    def read_graph(self) -> Unfused | None:
+        """The kept joint graph; None where there is none that can be read."""
+        content = self._read("graph")
+        if content is None:
+            return None
+        try:
+            kept = torch.load(io.BytesIO(content), weights_only=True)
+            layout = _Layout(keys=tuple(tuple(keys) for keys in kept["keys"]), returned=kept["returned"])
+            return Unfused(
+                layout=layout, source=kept["source"], constants=tuple(kept["constants"]), nodes=kept["nodes"]
+            )
+        except Exception as error:  # a file of another format
+            self._refuse("graph", error)
+            return None
+
+    def write_graph(self, unfused: Unfused) -> None:
+        kept = {
+            "keys": [list(keys) for keys in unfused.layout.keys],
+            "returned": unfused.layout.returned,
+            "source": unfused.source,
+            "constants": list(unfused.constants),
+            "nodes": unfused.nodes,
+        }
+        content = io.BytesIO()
+        torch.save(kept, content)
+        self._write("graph", content.getvalue())
+
+    def read_compiled(self) -> Callable[..., Sequence[torch.Tensor]] | None:
+        """The kept compiled form; None where there is none that can be read."""
+        content = self._read("inductor")
+        if content is None or self.folder is None:
+            return None
+        try:
+            with self._scratch("inductor") as path, self.inductor_files():
+                path.write_bytes(content)
+                return CompiledArtifact.load(path=str(path))
+        except Exception as error:  # Inductor's own formats
+            self._refuse("inductor", error)
+            return None
+
+    def write_compiled(self, compiled: Any) -> None:
+        if self.folder is None:
+            return
+        try:
+            with self._scratch("inductor") as path:
+                compiled.save(path=str(path))
+                content = path.read_bytes()
+        except Exception as error:  # Inductor cannot keep every kind of graph
+            log.warning("%s: not kept, %s", self._path("inductor"), one_line(error))
+            return
+        self._write("inductor", content)
+
+    @contextmanager
+    def inductor_files(self) -> Iterator[None]:
+        """Inductor's generated sources and binaries lie in the cache too: loading builds none of them again."""
+        if self.folder is None:
+            yield
+            return
+        with temporary_cache_dir(str(self.folder / "inductor")):
+            yield
+
+    def _path(self, kind: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self.key}.{kind}"
+
+    def _read(self, kind: str) -> bytes | None:
+        path = self._path(kind)
+        if path is None or not path.is_file():
+            return None
+        content = path.read_bytes()
+        digest, body = content[:32], content[32:]
+        if hashlib.sha256(body).digest() != digest:
+            self._refuse(kind, ValueError("its content does not match its checksum"))
+            return None
+        return body
+
+    def _write(self, kind: str, body: bytes) -> None:
+        path = self._path(kind)
+        if path is None:
+            return
+        try:
+            with self._scratch(kind) as scratch:
+                scratch.write_bytes(hashlib.sha256(body).digest() + body)
+                scratch.replace(path)
+        except OSError as error:  # a full disk costs the next start its time, not this one
+            log.warning("%s: not kept, %s", path, one_line(error))
+
+    @contextmanager
+    def _scratch(self, kind: str) -> Iterator[Path]:
+        """A path of this process alone, beside the files."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{self.key}.{kind}.{uuid.uuid4().hex}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _refuse(self, kind: str, error: Exception) -> None:
+        log.warning("%s: made anew, %s", self._path(kind), one_line(error))

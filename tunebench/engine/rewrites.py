@@ -1,0 +1,322 @@
+"""Rewrites of traced graphs with concrete shapes: fewer nodes, and only such that `vmap` and Inductor treat well.
+
+Every node of such a graph carries its example value, ``node.meta["val"]``. All rewrites keep values; they may change
+strides, so views are written as `reshape`, which does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_Rewrite = Callable[[Graph, Any], Any]
+
+
+def simplify(module: GraphModule) -> GraphModule:
+    """Remove what does nothing, write overwritten bases as padding and views as reshapes, in place.
+
+    Args:
+        module: a functional graph, traced with concrete shapes.
+    """
+    graph = module.graph
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
+        if rewrite is None:
+            continue
+        with graph.inserting_before(node):
+            new = rewrite(graph, node)
+        if new is not None and new is not node:
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def own_memory_for_scatter_bases(module: GraphModule) -> int:
+    """Give every scatter whose base is an expanded tensor a base of its own; returns how many were mended.
+
+    Inductor (torch 2.11 to 2.13) folds an expanded constant into a buffer with stride 0 over the slots, and lets all
+    slots scatter into one. Gradients then come out wrong without an error.
+    """
+    mended = 0
+    for node in list(module.graph.nodes):
+        if node.target not in _SCATTERS or not _is_expanded(node.args[0]):
+            continue
+        with module.graph.inserting_before(node):
+            node.update_arg(0, _own_memory(module.graph, node.args[0]))
+        mended += 1
+    module.recompile()
+    return mended
+
+
+def constants_as_inputs(module: GraphModule) -> tuple[torch.Tensor, ...]:
+    """Turn tensors that a graph holds into further inputs, and return them.
+
+    Inductor's kept artefacts ask for every tensor of the module as an input when they are loaded (torch 2.13).
+    """
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    constants: dict[str, Node] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in constants:
+            with graph.inserting_after(last):
+                last = constants[name] = graph.placeholder(f"constant_{len(constants)}")
+            last.meta.update(node.meta)
+        node.replace_all_uses_with(constants[name])
+        graph.erase_node(node)
+    module.recompile()
+    held = tuple(getattr(module, name).detach() for name in constants)
+    for name in constants:
+        delattr(module, name)
+    return held
+
+
+def _is_expanded(node: Any) -> bool:
+    """Whether a tensor, or one that it is a view of, repeats elements or is a constant."""
+    while node.target in _VIEWS and 0 not in _value(node).stride():
+        node = node.args[0]
+    return 0 in _value(node).stride() or node.target in _REPEATS
+
+
+def _own_memory(graph: Graph, base: Any) -> Any:
+    value, root = _value(base), base
+    while root.target in _VIEWS or root.target in _REPEATS:
+        root = root.args[0]
+    if root.target is aten.full.default:
+        fill, kind = root.args[1], {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        own = graph.call_function(aten.full.default, (list(value.shape), fill), kind)
+    else:
+        own = graph.call_function(aten.clone.default, (base,), {"memory_format": torch.contiguous_format})
+    own.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)
+    return own
+
+
+def _value(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value
+
+
+def _argument(node: Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _call(graph: Graph, like: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new call whose value has shape and dtype of an existing node's."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = like.meta["val"]
+    return node
+
+
+def _input(graph: Graph, node: Any) -> Any:
+    source: Any = node.args[0]
+    return source
+
+
+def _unless_reshaped(graph: Graph, node: Any) -> Any:
+    """The input itself where its shape and dtype are those of the result."""
+    source, found = node.args[0], _value(node)
+    if isinstance(source, Node) and _value(source).shape == found.shape and _value(source).dtype == found.dtype:
+        return source
+    return None
+
+
+def _reshape(graph: Graph, node: Any) -> Any:
+    source: Any = node.args[0]
+    shape = list(_value(node).shape)
+    while source.target is aten.reshape.default:  # a reshape of a reshape
+        source = source.args[0]
+    if list(_value(source).shape) == shape:
+        return source
+    return _call(graph, node, aten.reshape.default, source, shape)
+
+
+def _permute(graph: Graph, node: Any) -> Any:
+    order: Any = node.args[1]
+    return _input(graph, node) if list(order) == list(range(len(order))) else None
+
+
+def _copy(graph: Graph, node: Any) -> Any:
+    """The source, cast and broadcast: a copy reads nothing of what it overwrites, which may be uninitialised."""
+    source: Any = node.args[1]
+    target = _value(node)
+    if _value(source).dtype != target.dtype:
+        cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": target.dtype})
+        cast.meta["val"] = _value(source).to(target.dtype)
+        source = cast
+    if _value(source).shape != target.shape:
+        source = _call(graph, node, aten.expand.default, source, list(target.shape))
+    return source
+
+
+def _bounds(node: Node, first: int) -> tuple[int, int, int, int]:
+    """Dimension, start, end and step of a slice whose arguments begin at `first`, all counted from the front."""
+    shape = _value(node.args[0]).shape
+    dim = _argument(node, first, 0) % len(shape)
+    start, end = _argument(node, first + 1, None), _argument(node, first + 2, None)
+    begin, stop, _ = slice(start, end).indices(shape[dim])
+    return dim, begin, max(begin, stop), _argument(node, first + 3, 1)
+
+
+def _slice(graph: Graph, node: Any) -> Any:
+    dim, start, end, step = _bounds(node, 1)
+    source: Any = node.args[0]
+    if (start, end, step) == (0, _value(source).shape[dim], 1):
+        return source
+    return _call(graph, node, aten.slice.Tensor, source, dim, start, end, step)
+
+
+def _slice_scatter(graph: Graph, node: Any) -> Any:
+    """The source where it covers everything, a padded source where the base is zero.
+
+    `vmap` would write slots' slices with an index for every element.
+    """
+    dim, start, end, step = _bounds(node, 2)
+    base, source = node.args[0], node.args[1]
+    size = _value(base).shape[dim]
+    if step != 1:
+        return None
+    if (start, end) == (0, size):
+        return _copy(graph, node)
+    if not _is_zero(base):
+        parts = [_part(graph, base, dim, 0, start), source, _part(graph, base, dim, end, size)]
+        return _call(graph, node, aten.cat.default, [part for part in parts if part is not None], dim)
+    behind = _value(base).ndim - 1 - dim
+    return _call(graph, node, aten.constant_pad_nd.default, source, [*[0, 0] * behind, start, size - end], 0.0)
+
+
+def _part(graph: Graph, base: Any, dim: int, start: int, end: int) -> Any:
+    if start == end:
+        return None
+    part = graph.call_function(aten.slice.Tensor, (base, dim, start, end))
+    part.meta["val"] = _value(base).narrow(dim, start, end - start)
+    return part
+
+
+def _select_scatter(graph: Graph, node: Any) -> Any:
+    base, source, dim, index = node.args[:4]
+    shape = _value(base).shape
+    if not _is_zero(base):
+        return None
+    place: int = dim % len(shape)
+    start: int = index % shape[place]
+    row = graph.call_function(aten.unsqueeze.default, (source, place))
+    row.meta["val"] = _value(source).unsqueeze(place)
+    around = [*[0, 0] * (len(shape) - 1 - place), start, shape[place] - start - 1]
+    return _call(graph, node, aten.constant_pad_nd.default, row, around, 0.0)
+
+
+def _is_zero(node: Any) -> bool:
+    fills = (aten.full.default, aten.full_like.default, aten.new_full.default)
+    zeros = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+    return node.target in zeros or (node.target in fills and node.args[-1] == 0)
+
+
+def _full_like(graph: Graph, node: Any) -> Any:
+    value, fill = _value(node), node.args[1]
+    return _call(
+        graph,
+        node,
+        aten.full.default,
+        list(value.shape),
+        fill,
+        dtype=value.dtype,
+        device=value.device,
+        pin_memory=False,
+    )
+
+
+def _index_select(graph: Graph, node: Any) -> Any:
+    """Advanced indexing: under `vmap`, the gradient of index_select is a loop over slots."""
+    source: Any = node.args[0]
+    dim: int = node.args[1] % _value(source).ndim
+    return _call(graph, node, aten.index.Tensor, source, [*[None] * dim, node.args[2]])
+
+
+def _convert(graph: Graph, node: Any) -> Any:
+    """A cast; torch's prims run as Python where they are not compiled."""
+    return _unless_reshaped(graph, node) or _call(graph, node, aten._to_copy.default, node.args[0], dtype=node.args[1])
+
+
+def _iota(graph: Graph, node: Any) -> Any:
+    length, settings = node.args[0], node.kwargs
+    start, step = settings["start"], settings["step"]
+    kind = {"dtype": settings["dtype"], "device": settings["device"]}
+    return _call(graph, node, aten.arange.start_step, start, start + length * step, step, **kind)
+
+
+_REWRITES: dict[Any, _Rewrite] = {
+    aten.alias.default: _input,
+    aten.detach.default: _input,
+    aten.clone.default: _input,
+    aten.lift_fresh_copy.default: _input,
+    aten.view.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten.permute.default: _permute,
+    aten.expand.default: _unless_reshaped,
+    aten._to_copy.default: _unless_reshaped,
+    aten.squeeze.dims: _reshape,
+    aten.squeeze.dim: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.copy.default: _copy,
+    aten.slice.Tensor: _slice,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.full_like.default: _full_like,
+    aten.index_select.default: _index_select,
+    prims.convert_element_type.default: _convert,
+    prims.iota.default: _iota,
+}
+
+_VIEWS = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
+_REPEATS = frozenset({aten.expand.default, prims.broadcast_in_dim.default})
+_SCATTERS = frozenset(
+    {
+        aten._unsafe_index_put.default,
+        aten._unsafe_masked_index_put_accumulate.default,
+        aten.as_strided_scatter.default,
+        aten.diagonal_scatter.default,
+        aten.index_add.default,
+        aten.index_copy.default,
+        aten.index_fill.int_Scalar,
+        aten.index_fill.int_Tensor,
+        aten.index_put.default,
+        aten.index_reduce.default,
+        aten.masked_scatter.default,
+        aten.put.default,
+        aten.scatter.reduce,
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.scatter.value_reduce,
+        aten.scatter_add.default,
+        aten.scatter_reduce.two,
+        aten.select_scatter.default,
+        aten.slice_scatter.default,
+    }
+)
