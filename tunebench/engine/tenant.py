@@ -87,7 +87,8 @@ class Tenant:
         names = {id(parameter): name for name, parameter in trainable_parameters(self.model).items()}
         self._renamed = dict(zip(group_names(group), (names[id(p)] for p in group["params"]), strict=True))
         self.rule = self._named_rule(group)
-        self.hyper = self._optimizer._hyper(group)
+        # The schedule has set the first step's rate already.
+        self.hyper = self._optimizer._hyper({**group, "lr": group["initial_lr"]})
         self.state = self._first_state()
 
     def _named_rule(self, group: Mapping[str, Any]) -> UpdateRule:

@@ -130,6 +130,7 @@ class Packing:
         )
         self._names = {dtype: [n for n in self._shapes if self._dtypes[n] is dtype] for dtype in self._dtypes.values()}
         self._indices = self._selections()
+        self._copies: dict[str, dict[torch.device, torch.Tensor]] = {}
 
     @classmethod
     def elementwise(cls, parameters: Mapping[str, torch.Tensor]) -> Packing:
@@ -185,9 +186,11 @@ class Packing:
         index = self._indices[what]
         if index is None:
             return flat
-        if index.device != flat.device:
-            index = self._indices[what] = index.to(flat.device)
-        return flat.index_select(0, index)
+        # A copy on each device stays where it is: CUDA graphs remember its address.
+        copies = self._copies.setdefault(what, {})
+        if flat.device not in copies:
+            copies[flat.device] = index.to(flat.device)
+        return flat.index_select(0, copies[flat.device])
 
     def _selections(self) -> dict[str, torch.Tensor | None]:
         """Positions to select, by segment from all weights of its dtype and by dtype back; None where all stay put."""
