@@ -8,6 +8,8 @@ as it is, whatever is computed for it.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +48,8 @@ from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.rule import scalar
 from tunebench.study.record import Readout, Reason, Split
 from tunebench.workloads.order import batch_order
+
+_log = logging.getLogger(__name__)
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the losses waits for a GPU
 _EVALUATED_AT_ONCE = 8
@@ -100,6 +104,7 @@ class Cohort:
         self._task, self._cache, self._compiled = task, cache, compiled
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
+        self._parked: list[Tenant] = []
         self._groups: dict[Any, SlotGroup] = {}
         self._splits: dict[str, ResidentFrames] = {}
         self._batches: dict[str, StaticBatches] = {}
@@ -108,23 +113,31 @@ class Cohort:
         train = self._resident(Split.TRAIN)
         self.padding: PaddingPlan = padding_plan(train.sizes, self.workload.batch_size)
         self._model = Tenant(task, self._shelf).model
-        self._rows = _Rows.of(self._model, slots, self.workload.max_steps, self.workload.batch_size, self.device)
+        self._rows = self._empty_rows()
         self._labelled = torch.ones(slots + 1, len(train), dtype=torch.bool, device=self.device)
         self._constants: Tensors = {}
         self._since = time.perf_counter()
 
+    def _empty_rows(self) -> _Rows:
+        workload = self.workload
+        return _Rows.of(self._model, self.slots, workload.max_steps, workload.batch_size, self.device)
+
     @property
     def trials(self) -> tuple[str, ...]:
-        """Names of the trials that are in, in the order they came."""
-        return tuple(self._places)
+        """Names of the trials that are in, those that memory keeps from stepping last."""
+        return (*self._places, *(tenant.name for tenant in self._parked))
 
     @property
     def free(self) -> int:
         """Slots without a trial."""
-        return self.slots - len(self._places)
+        return self.slots - len(self._places) - len(self._parked)
 
-    def join(self, task: TrialTask) -> Evaluation | None:
+    def join(self, task: TrialTask, state: SlotState | None = None) -> Evaluation | None:
         """Put a trial into a free slot; it steps from the next `advance` on.
+
+        Args:
+            task: the trial.
+            state: where it goes on from, of any cohort of this workload; left out, its checkpoint or the beginning.
 
         Returns:
             The last report of a trial that goes on from a checkpoint, which the driver may have missed. One with an
@@ -134,15 +147,17 @@ class Cohort:
             ValueError: no slot is free, or the trial is in already or of another workload.
         """
         name = task.key.trial_id
-        if not self.free or name in self._places or task.workload != self.workload:
-            found = "no free slot" if not self.free else f"{name} of {task.workload.name}"
+        if self.free < 1 or name in self.trials or task.workload != self.workload:
+            found = "no free slot" if self.free < 1 else f"{name} of {task.workload.name}"
             raise ValueError(f"join: found {found}, allowed: a free slot and a new trial of {self.workload.name}")
         tenant = Tenant(task, self._shelf)
+        if state is not None:
+            tenant.state = state
         if tenant.book.last.outcome is not None:
             tenant.book.close(tenant.book.last.outcome)
             return tenant.book.last
         self._book_time()
-        self._place(name, tenant)
+        self._place(tenant)
         return tenant.book.last if tenant.book.last.step else None
 
     def leave(self, name: str, reason: Reason | None = None) -> None:
@@ -152,12 +167,14 @@ class Cohort:
             name: of the trial.
             reason: why it ended; None for one that will go on elsewhere.
         """
-        self._book_time()
-        place = self._places.pop(name)
-        place.group.remove(place.slot)
-        self._fit_group(place.group)
+        parked = next((tenant for tenant in self._parked if tenant.name == name), None)
+        if parked is not None:
+            self._parked.remove(parked)
+        tenant = parked or self._vacate(name)
         if reason is not None:
-            place.tenant.book.close(reason)
+            tenant.book.close(reason)
+        if self._parked and len(self._places) < self.slots:
+            self._place(self._parked.pop(0))
 
     def go_on(self, name: str) -> None:
         """Let a trial that has reported step again."""
@@ -170,8 +187,14 @@ class Cohort:
         A report with an outcome is the trial's last: it has left its slot. Without a trial to step nothing is returned.
         """
         while stepping := [place for place in self._places.values() if not place.waiting]:
-            self._step(stepping)
-            reports = self._diverged(stepping) + self._due(stepping)
+            try:
+                stepped = self._step(stepping)
+            except torch.OutOfMemoryError as error:
+                if self.slots > 1:
+                    self._halve()
+                    continue
+                return [self._ended(place, Reason.OOM, str(error).splitlines()[0]) for place in stepping]
+            reports = self._diverged(stepped) + self._due(stepped)
             if reports:
                 return reports
         return []
@@ -185,11 +208,13 @@ class Cohort:
             weights=_on_cpu(rows.packing.split(_row(rows.weights, place.slot))),
             averages=_on_cpu(rows.packing.split(_row(rows.averages, place.slot))),
             optimizer=_on_cpu(place.group.state_of(place.slot)),
+            loss_sum=float(rows.loss_sum[place.slot]),
+            loss_count=float(rows.loss_count[place.slot]),
         )
 
     # --- joining -------------------------------------------------------------------------------------------------
 
-    def _place(self, name: str, tenant: Tenant) -> None:
+    def _place(self, tenant: Tenant) -> None:
         taken = {place.slot for place in self._places.values()}
         slot = min(set(range(self.slots)) - taken)
         train = self._resident(Split.TRAIN)
@@ -200,7 +225,7 @@ class Cohort:
         for constant, stacked in self._slot_constants().items():
             stacked[slot] = _tensor(tenant.model, constant)
         group = self._joined_group(tenant, slot)
-        self._places[name] = _Place(
+        self._places[tenant.name] = _Place(
             slot=slot,
             tenant=tenant,
             group=group,
@@ -220,6 +245,14 @@ class Cohort:
         self._replace_group(key, group)
         return group
 
+    def _vacate(self, name: str) -> Tenant:
+        """Free a trial's row."""
+        self._book_time()
+        place = self._places.pop(name)
+        place.group.remove(place.slot)
+        self._fit_group(place.group)
+        return place.tenant
+
     def _fit_group(self, group: SlotGroup) -> None:
         """Halve a group that three quarters of its members have left; forget an empty one."""
         key, members = rule_key(group.rule), len(group.occupied())
@@ -227,6 +260,30 @@ class Cohort:
             del self._groups[key]
         elif members <= group.capacity // 4:
             self._replace_group(key, group.resized(group.capacity // 2))
+
+    def _halve(self) -> None:
+        """Go on with half the slots where memory does not suffice; trials beyond them wait for a free one."""
+        _log.warning(
+            "%s: out of memory with %d slots, going on with %d", self.workload.name, self.slots, self.slots // 2
+        )
+        self._book_time()
+        waiting = {name: place.waiting for name, place in self._places.items()}
+        tenants = []
+        for name, place in self._places.items():
+            place.tenant.state = self.state(name)
+            tenants.append(place.tenant)
+        self._places, self._groups, self._programs, self._constants = {}, {}, {}, {}
+        self.slots //= 2
+        del self._rows
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._rows = self._empty_rows()
+        self._labelled = self._labelled[: self.slots + 1].clone()
+        for tenant in tenants[: self.slots]:
+            self._place(tenant)
+            self._places[tenant.name].waiting = waiting[tenant.name]
+        self._parked = tenants[self.slots :] + self._parked
 
     def _replace_group(self, key: Any, group: SlotGroup) -> None:
         before = self._groups.get(key)
@@ -237,28 +294,43 @@ class Cohort:
 
     # --- stepping ------------------------------------------------------------------------------------------------
 
-    def _step(self, stepping: Sequence[_Place]) -> None:
+    def _step(self, stepping: Sequence[_Place]) -> list[_Place]:
+        """One step of these trials; returns those that made it before memory ran out, if it did."""
         misfits = [place for place in stepping if place.misfits[place.step]]
         fitting = [place for place in stepping if not place.misfits[place.step]]
+        stepped: list[_Place] = []
         for places, shape in ((fitting, self.padding.usual), (misfits, self.padding.guaranteed)):
             if places:
-                self._step_together(places, shape)
-        for place in stepping:
-            place.step += 1
+                stepped += self._step_together(places, shape)
+        return stepped
 
-    def _step_together(self, places: Sequence[_Place], shape: BatchShape) -> None:
+    def _step_together(self, places: Sequence[_Place], shape: BatchShape) -> list[_Place]:
         rows = self._rows
         rows.set_stepping([place.slot for place in places])
         self._gradient_program(shape, self._bucket())()
         steps = {place.slot: place.step + 1 for place in places}
-        for group in self._groups.values():
-            group.set_stepping(list(steps))
-            if any(member.slot in steps for member in group.occupied()):
-                group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
+        moved: set[int] = set()
+        try:
+            for group in self._groups.values():
+                group.set_stepping(list(steps))
+                members = {member.slot for member in group.occupied()} & steps.keys()
+                if members:
+                    group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
+                    moved |= members
+        except torch.OutOfMemoryError:
+            if not moved:
+                raise
+            rows.set_stepping(list(moved))  # the others make this step once there is room
         self._finish_program()()
+        stepped = [place for place in places if place.slot in moved]
+        for place in stepped:
+            place.step += 1
+        return stepped
 
     def _bucket(self) -> int:
-        """The smallest power of two, or all slots, that covers every trial's row."""
+        """Rows that a step computes: all of them where that is compiled, else the power of two that covers the trials."""
+        if self._compiled:
+            return self.slots
         highest = max(place.slot for place in self._places.values())
         return min(self.slots, 1 << highest.bit_length())
 
@@ -359,7 +431,7 @@ class Cohort:
         ]
 
     def _ended(self, place: _Place, reason: Reason, message: str) -> tuple[str, Evaluation]:
-        name = place.tenant.task.key.trial_id
+        name = place.tenant.name
         self._book_time()
         report = place.tenant.book.ended(place.step, reason, message)
         self.leave(name, reason)
@@ -369,7 +441,7 @@ class Cohort:
         due = [
             place
             for place in stepping
-            if place.step in place.tenant.task.evaluation_steps and place.tenant.task.key.trial_id in self._places
+            if place.step in place.tenant.task.evaluation_steps and place.tenant.name in self._places
         ]
         if not due:
             return []
@@ -381,7 +453,7 @@ class Cohort:
         return reports
 
     def _reported(self, place: _Place, errors: Errors) -> tuple[str, Evaluation]:
-        tenant, name = place.tenant, place.tenant.task.key.trial_id
+        tenant, name = place.tenant, place.tenant.name
         last = tenant.book.evaluated(
             place.step,
             errors,
@@ -564,7 +636,8 @@ class _Rows:
         self.orders[slot].copy_(torch.as_tensor(order))
         self.schedule[slot].copy_(tenant.learning_rate_factors())
         self.steps[slot] = tenant.state.step
-        self.loss_sum[slot], self.loss_count[slot], self.broken[slot] = 0.0, 0.0, False
+        self.loss_sum[slot], self.loss_count[slot] = tenant.state.loss_sum, tenant.state.loss_count
+        self.broken[slot] = False
 
     def set_stepping(self, slots: Sequence[int]) -> None:
         """Only these rows change from now on."""

@@ -154,10 +154,13 @@ class SlotGroup:
         hyper = {**self._hyper, "learning_rate": self._hyper["learning_rate"] * factor}
         number = steps.index_select(0, self._slots) + 1
         flat, state = vmap(partial(self._one, phase))(own, self._state, old, hyper, number)
+        chosen = {dtype: self._chosen(flat[dtype], old[dtype]) for dtype in weights}
+        kept = {name: self._chosen(state[name], tensor) for name, tensor in self._state.items()}
+        # Memory can run out above and leaves the slots as they were; from here on nothing is allocated.
         for dtype, matrix in weights.items():
-            matrix.index_copy_(0, self._slots, self._chosen(flat[dtype], old[dtype]))
+            matrix.index_copy_(0, self._slots, chosen[dtype])
         for name, tensor in self._state.items():
-            tensor.copy_(self._chosen(state[name], tensor))
+            tensor.copy_(kept[name])
 
     def _one(
         self, phase: Phase, grads: Flat, state: Tensors, weights: Flat, hyper: Tensors, step: torch.Tensor

@@ -43,12 +43,15 @@ class SlotState:
         weights: trainable weights by name.
         averages: their exponential moving averages; the weights themselves where the trial keeps none.
         optimizer: the update rule's state.
+        loss_sum, loss_count: training losses since the last evaluation, and how many.
     """
 
     step: int
     weights: Tensors
     averages: Tensors
     optimizer: Tensors
+    loss_sum: float = 0.0
+    loss_count: float = 0.0
 
 
 class Tenant:
@@ -63,6 +66,7 @@ class Tenant:
         model: NequIP's model on the CPU, shared with other tenants: only `state` and `save` fill it.
         rule: the update rule on weights sorted by name.
         hyper: the rule's hyperparameters, the learning rate without its schedule.
+        state: where it starts, or goes on from.
 
     Raises:
         WorkloadError: the model's builder refuses its arguments.
@@ -90,6 +94,11 @@ class Tenant:
         # The schedule has set the first step's rate already.
         self.hyper = self._optimizer._hyper({**group, "lr": group["initial_lr"]})
         self.state = self._first_state()
+
+    @property
+    def name(self) -> str:
+        """The trial's id."""
+        return self.task.key.trial_id
 
     def _named_rule(self, group: Mapping[str, Any]) -> UpdateRule:
         parameters = trainable_parameters(self.model)
