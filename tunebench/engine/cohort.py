@@ -105,6 +105,7 @@ class Cohort:
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
         self._parked: list[Tenant] = []
+        self._evaluated_at_once = min(_EVALUATED_AT_ONCE, slots)
         self._groups: dict[Any, SlotGroup] = {}
         self._splits: dict[str, ResidentFrames] = {}
         self._batches: dict[str, StaticBatches] = {}
@@ -328,7 +329,7 @@ class Cohort:
         return stepped
 
     def _bucket(self) -> int:
-        """Rows that a step computes: all of them where that is compiled, else the power of two that covers the trials."""
+        """Rows that a step computes: all where that is compiled, else the power of two that covers the trials."""
         if self._compiled:
             return self.slots
         highest = max(place.slot for place in self._places.values())
@@ -446,9 +447,14 @@ class Cohort:
         if not due:
             return []
         self._book_time()
-        reports = []
-        for place, errors in zip(due, self._errors(due), strict=True):
-            reports.append(self._reported(place, errors))
+        try:
+            errors = self._errors(due)
+        except torch.OutOfMemoryError as error:
+            if self._evaluated_at_once == 1:
+                return [self._ended(place, Reason.OOM, str(error).splitlines()[0]) for place in due]
+            self._evaluated_at_once //= 2
+            return self._due(stepping)
+        reports = [self._reported(place, found) for place, found in zip(due, errors, strict=True)]
         self._since = self._now()  # nobody pays for an evaluation in training time
         return reports
 
@@ -501,7 +507,7 @@ class Cohort:
         return (Split.VAL.value, *final)
 
     def _measured(self, places: Sequence[_Place], weights: Flat, split: str) -> list[dict[str, float]]:
-        size = min(_EVALUATED_AT_ONCE, self.slots)
+        size = self._evaluated_at_once
         found: list[dict[str, float]] = []
         for first in range(0, len(places), size):
             part = list(places[first : first + size])
@@ -539,7 +545,7 @@ class Cohort:
 
     def _prediction_program(self, split: str, weights: Tensors, constants: Tensors) -> tuple[Any, tuple[str, ...]]:
         batches = self._static(split)
-        key = "predict", batches.shape
+        key = "predict", batches.shape, self._evaluated_at_once
         if key not in self._programs:
             function = Evaluate(self._traced(batches[0]))
             example = (weights, constants, {name: batches[0][name].contiguous() for name in function.batch_keys})
