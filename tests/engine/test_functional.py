@@ -10,6 +10,7 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch.func import grad, vmap
 
+from tunebench.engine import functional
 from tunebench.engine.functional import OUTPUTS, FunctionalModel, Untraceable, functional_model
 from tunebench.engine.loss import LossWeights, weighted_loss
 from tunebench.engine.modules import build_module
@@ -196,7 +197,7 @@ def test_training_and_evaluation_mode_predict_the_same_and_the_trace_leaves_the_
     weights = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     found = function(weights, {}, other)
     for key in function.outputs:
-        assert torch.equal(predicted[key], trained[key].detach())
+        assert relative(trained[key].detach(), predicted[key]) < 1e-12
         assert relative(found[key], predicted[key].detach()) < 1e-12
 
 
@@ -224,6 +225,50 @@ def test_equal_models_have_equal_descriptions_and_others_do_not(prepared_ethanol
     assert len({described, *(other.description for other in others)}) == 4
 
 
+def test_a_kept_graph_serves_every_model_of_its_kind_without_a_trace(prepared_ethanol, tmp_path, monkeypatch):
+    first, other, _ = batches(prepared_ethanol)
+    functional_model(build(prepared_ethanol), first, cache=tmp_path)
+    monkeypatch.setattr(functional, "make_fx", lambda *_, **__: pytest.fail("traced again"))
+    scales = {"per_type_energy_scales": 3.0, "per_type_energy_shifts": {"H": 1.0, "C": -2.0, "O": 0.5}}
+    model = build(prepared_ethanol, seed=2, **scales)
+    function = functional_model(model, first, cache=tmp_path)
+    assert_same_model(function, model, other, LossWeights(energy_per_atom=0.4, forces=0.6, stress=0.0))
+
+
+def test_models_of_another_kind_and_batches_of_another_shape_have_their_own_graphs(prepared_ethanol, tmp_path):
+    (first,), (larger,) = batches(prepared_ethanol, count=1), batches(prepared_ethanol, count=1, size=4)
+    kinds = [{}, {"polynomial_cutoff_p": 8}, {"parity": True}, {"dtype": "float32"}, TRAINABLE_SCALES]
+    for arguments in kinds:
+        functional_model(build(prepared_ethanol, **arguments), first, cache=tmp_path)
+    functional_model(build(prepared_ethanol), larger, cache=tmp_path)
+    assert len(list(tmp_path.glob("*.model"))) == len(kinds) + 1
+
+
+def test_a_kept_graph_of_another_model_is_noticed_and_traced_anew(prepared_ethanol, tmp_path, caplog):
+    first, other, _ = batches(prepared_ethanol)
+    functional_model(build(prepared_ethanol, polynomial_cutoff_p=8), first, cache=tmp_path)
+    (foreign,) = tmp_path.glob("*.model")
+    content = foreign.read_bytes()
+    model = build(prepared_ethanol)
+    functional_model(model, first, cache=tmp_path)
+    (own,) = set(tmp_path.glob("*.model")) - {foreign}
+    own.write_bytes(content)
+    function = functional_model(model, first, cache=tmp_path)
+    assert "made anew, ValueError: relative difference" in caplog.text
+    assert_same_model(function, model, other, LossWeights(energy_per_atom=0.4, forces=0.6, stress=0.0))
+
+
+def test_a_perfect_crystal_whose_forces_are_rounding_is_traced(tmp_path):
+    frame = bulk("Si", cubic=True)
+    frame.calc = SinglePointCalculator(frame, energy=-40.0, forces=np.zeros((8, 3)))
+    ase.io.write(tmp_path / "silicon.xyz", [frame] * 6, format="extxyz")
+    counts = SplitFrames(train=4, val=1, test=1)
+    path = str(tmp_path / "silicon.xyz")
+    crystal = prepare(ExtxyzData(source="extxyz", train=path, frames=counts, allow_duplicates=True))
+    (batch,) = batches(crystal, count=1, size=2)
+    assert functional_model(build(crystal, dtype="float32"), batch).outputs == OUTPUTS[:2]
+
+
 class Meddling(torch.nn.Module):
     """Does something to the positions, and then what the module in its place did."""
 
@@ -237,8 +282,16 @@ class Meddling(torch.nn.Module):
         return self.inner(data)
 
 
-def reads_a_value(module, positions):
+def decides_by_a_value(module, positions):
     return positions if positions.abs().max().item() < 1e6 else 2 * positions
+
+
+def scales_by_a_value(module, positions):
+    return positions * positions.abs().max().item()
+
+
+def picks_by_a_value(module, positions):
+    return positions + positions[positions > 0].sum()
 
 
 def draws_noise(module, positions):
@@ -253,7 +306,9 @@ def counts_calls(module, positions):
 @pytest.mark.parametrize(
     ("meddle", "reason"),
     [
-        (reads_a_value, "DataDependentOutputException"),
+        (decides_by_a_value, "data-dependent"),
+        (scales_by_a_value, "data-dependent"),
+        (picks_by_a_value, "data-dependent|DynamicOutputShape"),
         (draws_noise, "random numbers"),
         (counts_calls, "changes a tensor"),
     ],

@@ -4,12 +4,19 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from nequip.data.AtomicDataDict import batched_from_list
+from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.errors import ErrorSums, split_errors
 from tunebench.engine.loss import LossWeights, mean_square_of_labelled, weighted_loss
 from tunebench.engine.nequip_config import loss_section, metrics_section
 from tunebench.study.spec import Loss
 from tunebench.workloads.frames import PreparedFrames
+
+
+@pytest.fixture(autouse=True)
+def nequips_global_state():
+    """As both engines set it before anything else: torch's default dtype is float64."""
+    set_global_state()
 
 
 @pytest.fixture
@@ -57,15 +64,21 @@ def test_errors_are_nequips_metrics(labels, predictions):
 
 def test_the_force_term_averages_over_labelled_components_only():
     error = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]], dtype=torch.float64)
-    assert mean_square_of_labelled(error).item() == 2.5
+    assert mean_square_of_labelled(error, error).item() == 2.5
 
 
 def test_a_batch_without_labelled_frames_has_a_finite_loss_and_gradient():
     error = torch.full((4, 3), float("nan"), dtype=torch.float64, requires_grad=True)
-    loss = mean_square_of_labelled(error)
+    loss = mean_square_of_labelled(error, error.detach())
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(error.grad, torch.zeros_like(error))
+
+
+@pytest.mark.parametrize("key", ["total_energy", "forces"])
+def test_a_prediction_that_is_nan_makes_the_loss_nan(labels, predictions, key: str):
+    predictions[key] = torch.full_like(predictions[key], float("nan"))
+    assert weighted_loss(predictions, labels, LossWeights.of(Loss())).isnan()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,10 +1,11 @@
-"""Seconds of one training step of every arm, measured on this machine with untuned defaults."""
+"""Training steps of the lightning engine alone, and what they take with untuned defaults: the times in a plan."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from tunebench.study.record import Readout, Split, Stage
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import StudyError
 from tunebench.workloads.data import PreparedData
-from tunebench.workloads.frames import PreparedFrames
 from tunebench.workloads.models import build_model
 from tunebench.workloads.order import batch_order
 
@@ -37,12 +37,25 @@ def step_seconds(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> d
     Raises:
         StudyError: the study asks for a GPU and there is none.
     """
-    if resolved.study.resources.gpus_per_trial > 0 and not torch.cuda.is_available():
-        allowed = "0 on a machine without a GPU, or a plan without measuring (--no-measure)"
-        raise StudyError(resolved.file, "resources.gpus_per_trial", resolved.study.resources.gpus_per_trial, allowed)
+    check_device(resolved, "or a plan without measuring (--no-measure)")
     set_global_state()
     torch.set_num_threads(resolved.study.resources.threads)
     return {arm.name: _measure(untuned_task(resolved, arm, data[arm.workload.name])) for arm in plan_arms(resolved)}
+
+
+def check_device(resolved: ResolvedStudy, otherwise: str) -> None:
+    """Refuse to measure on a machine without the GPU that the study asks for.
+
+    Args:
+        resolved: the study.
+        otherwise: what else is allowed, for the message.
+
+    Raises:
+        StudyError: there is none.
+    """
+    if resolved.study.resources.gpus_per_trial > 0 and not torch.cuda.is_available():
+        allowed = f"0 on a machine without a GPU, {otherwise}"
+        raise StudyError(resolved.file, "resources.gpus_per_trial", resolved.study.resources.gpus_per_trial, allowed)
 
 
 def untuned_task(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData) -> TrialTask:
@@ -65,24 +78,61 @@ def training_parts(task: TrialTask) -> tuple[Any, Any]:
     return module, module.configure_optimizers()["optimizer"]
 
 
+class LightningSteps:
+    """The training steps of a trial as the lightning engine makes them, with nothing between them.
+
+    Args:
+        task: the trial.
+
+    Raises:
+        WorkloadError: the data or the model's arguments are refused.
+        ValueError: the optimizer finds nothing to do in this model.
+    """
+
+    def __init__(self, task: TrialTask) -> None:
+        self._task, workload = task, task.workload
+        self._module, self._optimizer = training_parts(task)
+        self._module.train()
+        if task.averaged is Readout.SCHEDULE_FREE:
+            self._optimizer.train()
+        self._frames = task_frames(task, Split.TRAIN)
+        self._batches = iter(batch_order(len(self._frames), workload.batch_size, workload.max_steps, task.seeds.order))
+
+    def run(self, steps: int) -> None:
+        """So many steps (data, forward, backward, update, average); returns when the device is done.
+
+        Raises:
+            ValueError: the trial's horizon is nearer than that.
+        """
+        for done in range(steps):
+            batch = next(self._batches, None)
+            if batch is None:
+                raise ValueError(f"run: found {steps} steps, allowed: {done}, which are left to the horizon")
+            self._step(batch)
+        if self._task.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _step(self, indices: list[int]) -> None:
+        batch = on_device(AtomicDataDict.batched_from_list(self._frames.__getitems__(indices)), self._task.device)
+        self._optimizer.zero_grad()
+        self._module.training_step(batch, 0).backward()
+        limit = self._task.workload.clip_global_norm
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(self._module.parameters(), limit)
+        self._optimizer.step()
+        if self._task.averaged is Readout.EMA:
+            self._module.ema.update_parameters(self._module.model)
+
+
 def _measure(task: TrialTask) -> float:
-    workload = task.workload
-    module, optimizer = training_parts(task)
-    module.train()
-    if task.averaged is Readout.SCHEDULE_FREE:
-        optimizer.train()
-    frames = task_frames(task, Split.TRAIN)
-    batches = batch_order(len(frames), workload.batch_size, _WARM + _TIMED, task.seeds.order)
-    times = [_step(module, optimizer, frames, batch, task.device) for batch in batches]
-    return statistics.median(times[_WARM:])
+    horizon = _WARM + _TIMED
+    workload = task.workload.model_copy(update={"max_steps": horizon})
+    steps = LightningSteps(replace(task, workload=workload, evaluation_steps=(horizon,)))
+    steps.run(_WARM)
+    return statistics.median(_seconds(steps) for _ in range(_TIMED))
 
 
-def _step(module: Any, optimizer: Any, frames: PreparedFrames, indices: list[int], device: str) -> float:
+def _seconds(steps: LightningSteps) -> float:
     began = time.perf_counter()
-    batch = on_device(AtomicDataDict.batched_from_list(frames.__getitems__(indices)), device)
-    optimizer.zero_grad()
-    module.training_step(batch, 0).backward()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    steps.run(1)
     return time.perf_counter() - began

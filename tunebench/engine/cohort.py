@@ -27,7 +27,7 @@ from torch.func import vmap
 from tunebench.engine.batches import task_frames
 from tunebench.engine.errors import error_sums, metrics_of_sums, quantities
 from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_model
-from tunebench.engine.fused import Evaluate, LossGradient, fuse
+from tunebench.engine.fused import Evaluate, LossGradient, fuse, unfuse
 from tunebench.engine.graphs import Replayed
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits, padding_plan
@@ -53,6 +53,8 @@ _log = logging.getLogger(__name__)
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the losses waits for a GPU
 _EVALUATED_AT_ONCE = 8
+_COMPILED_FROM = {"cpu": 5000, "cuda": 1000}  # steps; Inductor takes as long as thousands of plain ones
+_SHRUNK_FROM = 5000  # steps left that pay for compiling a smaller step
 _NOT_READ = ("atomic_numbers", "pbc")
 
 
@@ -86,7 +88,8 @@ class Cohort:
         task: any trial of the workload; only what all trials of the workload share is read.
         slots: trials that can be in training at once.
         cache: folder for traces and compiled graphs; None keeps none.
-        compiled: compile the step with Inductor where it agrees with the plain graph.
+        compiled: compile the step with Inductor where it agrees with the plain graph; None does so where the horizon
+            is long enough to pay for it.
 
     Attributes:
         padding: shapes of the training batches and what they waste.
@@ -96,12 +99,13 @@ class Cohort:
         WorkloadError: the data or the model's arguments are refused.
     """
 
-    def __init__(self, task: TrialTask, slots: int, *, cache: Path | None = None, compiled: bool = True) -> None:
+    def __init__(self, task: TrialTask, slots: int, *, cache: Path | None = None, compiled: bool | None = None) -> None:
         set_global_state()
         torch.backends.cuda.matmul.allow_tf32 = False  # batched products would be off by 1e-2
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
-        self._task, self._cache, self._compiled = task, cache, compiled
+        self._task, self._cache = task, cache
+        self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
         self._parked: list[Tenant] = []
@@ -199,6 +203,26 @@ class Cohort:
             if reports:
                 return reports
         return []
+
+    def run(self, steps: int) -> None:
+        """Step all trials that do not wait, and nothing else, for timing; returns when the device is done.
+
+        Evaluation steps are steps like any other, and divergence goes unnoticed.
+
+        Args:
+            steps: of each trial.
+
+        Raises:
+            ValueError: a trial's horizon is nearer than that.
+            torch.OutOfMemoryError: memory ran out.
+        """
+        stepping = [place for place in self._places.values() if not place.waiting]
+        left = min((self.workload.max_steps - place.step for place in stepping), default=steps)
+        if steps > left:
+            raise ValueError(f"run: found {steps} steps, allowed: {left}, which the first to finish has left")
+        for _ in range(steps):
+            self._step(stepping)
+        self._now()
 
     def state(self, name: str) -> SlotState:
         """A copy of everything the next step of a trial depends on, on the CPU."""
@@ -307,8 +331,10 @@ class Cohort:
 
     def _step_together(self, places: Sequence[_Place], shape: BatchShape) -> list[_Place]:
         rows = self._rows
+        bucket = self._bucket()
+        self._gather_below(bucket)
         rows.set_stepping([place.slot for place in places])
-        self._gradient_program(shape, self._bucket())()
+        self._gradient_program(shape, bucket)()
         steps = {place.slot: place.step + 1 for place in places}
         moved: set[int] = set()
         try:
@@ -329,18 +355,32 @@ class Cohort:
         return stepped
 
     def _bucket(self) -> int:
-        """Rows that a step computes: all where that is compiled, else the power of two that covers the trials."""
-        if self._compiled:
-            return self.slots
-        highest = max(place.slot for place in self._places.values())
-        return min(self.slots, 1 << highest.bit_length())
+        """Rows that a step computes: all, or a quarter, a sixteenth, ... where few trials are left."""
+        bucket, trials = self.slots, len(self._places)
+        left = max(self.workload.max_steps - place.step for place in self._places.values())
+        if self._compiled and left < _SHRUNK_FROM:
+            return bucket
+        while bucket >= 4 and bucket // 4 >= trials:
+            bucket //= 4
+        return bucket
+
+    def _gather_below(self, bucket: int) -> None:
+        """Move trials to the rows that the step computes."""
+        taken = {place.slot for place in self._places.values()}
+        free = (slot for slot in range(bucket) if slot not in taken)
+        for place in [place for place in self._places.values() if place.slot >= bucket]:
+            to = next(free)
+            for stacked in (*self._rows.per_slot(), self._labelled, *self._slot_constants().values()):
+                stacked[to].copy_(stacked[place.slot])
+            place.group.move(place.slot, to)
+            place.slot = to
 
     def _gradient_program(self, shape: BatchShape, bucket: int) -> Replayed:
         key = "gradient", shape, bucket
         if key not in self._programs:
             function = LossGradient(self._functional_model(shape), LossWeights.of(self.workload.loss))
             example = (*self._weights_and_constants(bucket), self._gathered(shape, bucket, function.batch_keys))
-            called = fuse(function, example, self._cache) if self._compiled else function
+            called = (fuse if self._compiled else unfuse)(function, example, self._cache)
             work = partial(self._gradients, called, function.batch_keys, shape, bucket)
             self._programs[key] = Replayed(work, self.device)
         program: Replayed = self._programs[key]
@@ -393,7 +433,7 @@ class Cohort:
         outputs = OUTPUTS if self._has_stress else OUTPUTS[:2]
         model = self._model.to(self.device)
         try:
-            return functional_model(model, example, outputs)
+            return functional_model(model, example, outputs, self._cache)
         finally:
             model.to("cpu")
 
@@ -549,7 +589,7 @@ class Cohort:
         if key not in self._programs:
             function = Evaluate(self._traced(batches[0]))
             example = (weights, constants, {name: batches[0][name].contiguous() for name in function.batch_keys})
-            called = fuse(function, example, self._cache) if self._compiled else function
+            called = (fuse if self._compiled else unfuse)(function, example, self._cache)
             self._programs[key] = called, function.batch_keys
         program: tuple[Any, tuple[str, ...]] = self._programs[key]
         return program
@@ -644,6 +684,11 @@ class _Rows:
         self.steps[slot] = tenant.state.step
         self.loss_sum[slot], self.loss_count[slot] = tenant.state.loss_sum, tenant.state.loss_count
         self.broken[slot] = False
+
+    def per_slot(self) -> list[torch.Tensor]:
+        """What belongs to a trial, each with a row for every slot."""
+        flat = (*self.weights.values(), *self.averages.values())
+        return [*flat, self.orders, self.schedule, self.steps, self.loss_sum, self.loss_count, self.broken]
 
     def set_stepping(self, slots: Sequence[int]) -> None:
         """Only these rows change from now on."""

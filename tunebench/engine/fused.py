@@ -6,18 +6,13 @@ A function over slots is traced to one joint graph, forward and backward, with c
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
 import math
-import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +36,8 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
-from tunebench.engine import rewrites
-from tunebench.engine.functional import FunctionalModel, Tensors, one_line
+from tunebench.engine.functional import FunctionalModel, Tensors
+from tunebench.engine.graph_store import GraphSource, GraphStore, graph_key, one_line, tensor_layouts
 from tunebench.engine.loss import LossWeights, weighted_loss
 from tunebench.engine.rewrites import constants_as_inputs, own_memory_for_scatter_bases, simplify
 
@@ -129,26 +124,22 @@ class Unfused:
     Attributes:
         reason: why it is not compiled, in one line; empty for the plain form of a `Fused`.
         seconds: what it took to ``trace`` or ``load`` it.
-        nodes: operations in the graph.
     """
 
     layout: _Layout
-    source: str
-    constants: tuple[torch.Tensor, ...]
-    nodes: int
+    source: GraphSource
     seconds: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def nodes(self) -> int:
+        """Operations and inputs in the graph."""
+        return self.source.nodes
 
     def __call__(self, *inputs: Tensors) -> Any:
         """The function's outputs for inputs of the shapes it was traced with."""
         with torch.no_grad():
-            return self.layout.outputs(self._forward(None, *self.layout.inputs(inputs), *self.constants))
-
-    @cached_property
-    def _forward(self) -> Callable[..., list[torch.Tensor]]:
-        scope: dict[str, Any] = dict(_NAMES)
-        exec(compile(self.source, "<joint graph>", "exec"), scope)
-        return scope["forward"]  # type: ignore[no-any-return]
+            return self.layout.outputs(self.source(*self.layout.inputs(inputs)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +161,7 @@ class Fused:
         """The function's outputs for inputs of the shapes, strides and device it was compiled with."""
         layout = self.unfused.layout
         with torch.no_grad():
-            return layout.outputs(self.compiled(*layout.inputs(inputs), *self.unfused.constants))
+            return layout.outputs(self.compiled(*layout.inputs(inputs), *self.unfused.source.constants))
 
 
 class Disagreement(Exception):
@@ -188,11 +179,11 @@ def fuse(
 
     Args:
         function: a function over slots.
-        example_inputs: its arguments with real values, contiguous, of the shapes, dtypes and device of all later calls.
+        example_inputs: its arguments with real values and the shapes, strides, dtypes and device of all later calls.
         cache: its folder; without it nothing is kept.
         rtol: largest relative difference of any output in any slot.
     """
-    store = _Store(cache, _key(function, example_inputs))
+    store = GraphStore(cache, _key(function, example_inputs))
     unfused, module = _unfused(function, example_inputs, store)
     try:
         fused = _compiled(function, example_inputs, unfused, module, store)
@@ -202,6 +193,11 @@ def fuse(
         log.warning("%s: %s", type(function).__name__, reason)
         return replace(unfused, reason=reason)
     return replace(fused, difference=difference)
+
+
+def unfuse(function: SlotFunction, example_inputs: Sequence[Tensors], cache: Path | None = None) -> Unfused:
+    """Trace a function over slots, or load its graph from the cache; arguments as for `fuse`."""
+    return _unfused(function, example_inputs, GraphStore(cache, _key(function, example_inputs)))[0]
 
 
 def agrees(fused: Callable[..., Any], unfused: Callable[..., Any], inputs: Sequence[Tensors], rtol: float) -> float:
@@ -274,38 +270,23 @@ class _Layout:
         return treespec_loads(self.returned)
 
 
-# What the source of a traced graph refers to.
-_NAMES = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
-
-
 def _unfused(
-    function: SlotFunction, example_inputs: Sequence[Tensors], store: _Store
+    function: SlotFunction, example_inputs: Sequence[Tensors], store: GraphStore
 ) -> tuple[Unfused, GraphModule | None]:
     """The joint graph from the store, or traced, and then with its module."""
     began = time.perf_counter()
-    kept = store.read_graph()
+    kept = store.read_plain("graph")
     if kept is not None:
-        return replace(kept, seconds={"load": time.perf_counter() - began}), None
-    module, layout, constants = joint_graph(function, example_inputs)
-    unfused = Unfused(
-        layout=layout,
-        source=module.code,
-        constants=constants,
-        nodes=len(module.graph.nodes),
-        seconds={"trace": time.perf_counter() - began},
-    )
-    store.write_graph(unfused)
-    return unfused, module
+        layout = replace(_Layout.of(example_inputs), returned=kept["returned"])
+        return Unfused(layout, GraphSource.from_plain(kept), {"load": time.perf_counter() - began}), None
+    module, layout = joint_graph(function, example_inputs)
+    source = GraphSource.of(module)
+    store.write_plain("graph", {**source.to_plain(), "returned": layout.returned})
+    return Unfused(layout, source, {"trace": time.perf_counter() - began}), module
 
 
-def joint_graph(
-    function: SlotFunction, example_inputs: Sequence[Tensors]
-) -> tuple[GraphModule, _Layout, tuple[torch.Tensor, ...]]:
-    """One functional graph of a function over slots, forward and backward, with concrete shapes.
-
-    Returns:
-        The graph, the order of its inputs and outputs, and the constants that follow the inputs.
-    """
+def joint_graph(function: SlotFunction, example_inputs: Sequence[Tensors]) -> tuple[GraphModule, _Layout]:
+    """One functional graph of a function over slots, forward and backward, and the order of its inputs and outputs."""
     layout = _Layout.of(example_inputs)
     returned: list[TreeSpec] = []
 
@@ -323,8 +304,7 @@ def joint_graph(
         )(*layout.inputs(example_inputs))
     module = GraphModule(module, fx_graph_cse(simplify(module).graph))
     own_memory_for_scatter_bases(module)
-    constants = constants_as_inputs(module)
-    return module, replace(layout, returned=treespec_dumps(returned[-1])), constants
+    return module, replace(layout, returned=treespec_dumps(returned[-1]))
 
 
 def _compiled(
@@ -332,151 +312,62 @@ def _compiled(
     example_inputs: Sequence[Tensors],
     unfused: Unfused,
     module: GraphModule | None,
-    store: _Store,
+    store: GraphStore,
 ) -> Fused:
     """The compiled form from the store, or compiled."""
     began = time.perf_counter()
-    kept = store.read_compiled()
+    kept = _read_compiled(store)
     if kept is not None:
-        return Fused(unfused=unfused, compiled=kept, seconds={"load": time.perf_counter() - began})
+        return Fused(unfused, kept, {"load": time.perf_counter() - began})
     if module is None:
-        module, _, _ = joint_graph(function, example_inputs)
-    inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.constants]
-    with torch.no_grad(), store.inductor_files():
+        module, _ = joint_graph(function, example_inputs)
+        constants_as_inputs(module)
+    inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.source.constants]
+    with torch.no_grad(), _inductor_files(store):
         compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs")
-        fused = Fused(unfused=unfused, compiled=compiled, seconds={"compile": time.perf_counter() - began})
-        store.write_compiled(compiled)
-    return fused
+    _write_compiled(store, compiled)
+    return Fused(unfused, compiled, {"compile": time.perf_counter() - began})
+
+
+def _read_compiled(store: GraphStore) -> Callable[..., Sequence[torch.Tensor]] | None:
+    content = store.read("inductor")
+    if content is None:
+        return None
+    try:
+        with store.scratch("inductor") as path, _inductor_files(store):
+            path.write_bytes(content)
+            return CompiledArtifact.load(path=str(path))
+    except Exception as error:  # whatever Inductor's own formats raise
+        store.refuse("inductor", error)
+        return None
+
+
+def _write_compiled(store: GraphStore, compiled: Any) -> None:
+    if store.folder is None:
+        return
+    try:
+        with store.scratch("inductor") as path:
+            compiled.save(path=str(path))
+            content = path.read_bytes()
+    except Exception as error:  # Inductor cannot keep every kind of graph
+        store.not_kept("inductor", error)
+        return
+    store.write("inductor", content)
+
+
+@contextmanager
+def _inductor_files(store: GraphStore) -> Iterator[None]:
+    """Inductor's generated sources and binaries lie in the cache too: loading builds none of them again."""
+    if store.folder is None:
+        yield
+        return
+    with temporary_cache_dir(str(store.folder.resolve() / "inductor")):
+        yield
 
 
 def _key(function: SlotFunction, example_inputs: Sequence[Tensors]) -> str:
-    """SHA-256 over everything that the graph and its compiled form depend on."""
+    """A key of everything that the graph and its compiled form depend on."""
     layout = _Layout.of(example_inputs)
-    tensors = layout.inputs(example_inputs)
-    shapes = [(tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for tensor in tensors]
-    devices = sorted({_device_name(tensor.device) for tensor in tensors})
-    packages = [(name, version(name)) for name in ("torch", "nequip", "nequip-allegro", "e3nn", "tunebench")]
-    numerics = (torch.get_float32_matmul_precision(), torch.get_num_threads(), platform.python_version())
-    return hashlib.sha256(
-        repr((_code_digest(), function.description, layout.keys, shapes, devices, packages, numerics)).encode()
-    ).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _code_digest() -> str:
-    """SHA-256 of the code that makes and keeps the graphs."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, rewrites.__file__))).hexdigest()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-@dataclass(frozen=True)
-class _Store:
-    """Cache files of one key. Each begins with the SHA-256 of its content."""
-
-    folder: Path | None
-    key: str
-
-    def read_graph(self) -> Unfused | None:
-        """The kept joint graph; None where there is none that can be read."""
-        content = self._read("graph")
-        if content is None:
-            return None
-        try:
-            kept = torch.load(io.BytesIO(content), weights_only=True)
-            layout = _Layout(keys=tuple(tuple(keys) for keys in kept["keys"]), returned=kept["returned"])
-            return Unfused(
-                layout=layout, source=kept["source"], constants=tuple(kept["constants"]), nodes=kept["nodes"]
-            )
-        except Exception as error:  # a file of another format
-            self._refuse("graph", error)
-            return None
-
-    def write_graph(self, unfused: Unfused) -> None:
-        kept = {
-            "keys": [list(keys) for keys in unfused.layout.keys],
-            "returned": unfused.layout.returned,
-            "source": unfused.source,
-            "constants": list(unfused.constants),
-            "nodes": unfused.nodes,
-        }
-        content = io.BytesIO()
-        torch.save(kept, content)
-        self._write("graph", content.getvalue())
-
-    def read_compiled(self) -> Callable[..., Sequence[torch.Tensor]] | None:
-        """The kept compiled form; None where there is none that can be read."""
-        content = self._read("inductor")
-        if content is None or self.folder is None:
-            return None
-        try:
-            with self._scratch("inductor") as path, self.inductor_files():
-                path.write_bytes(content)
-                return CompiledArtifact.load(path=str(path))
-        except Exception as error:  # Inductor's own formats
-            self._refuse("inductor", error)
-            return None
-
-    def write_compiled(self, compiled: Any) -> None:
-        if self.folder is None:
-            return
-        try:
-            with self._scratch("inductor") as path:
-                compiled.save(path=str(path))
-                content = path.read_bytes()
-        except Exception as error:  # Inductor cannot keep every kind of graph
-            log.warning("%s: not kept, %s", self._path("inductor"), one_line(error))
-            return
-        self._write("inductor", content)
-
-    @contextmanager
-    def inductor_files(self) -> Iterator[None]:
-        """Inductor's generated sources and binaries lie in the cache too: loading builds none of them again."""
-        if self.folder is None:
-            yield
-            return
-        with temporary_cache_dir(str(self.folder / "inductor")):
-            yield
-
-    def _path(self, kind: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{self.key}.{kind}"
-
-    def _read(self, kind: str) -> bytes | None:
-        path = self._path(kind)
-        if path is None or not path.is_file():
-            return None
-        content = path.read_bytes()
-        digest, body = content[:32], content[32:]
-        if hashlib.sha256(body).digest() != digest:
-            self._refuse(kind, ValueError("its content does not match its checksum"))
-            return None
-        return body
-
-    def _write(self, kind: str, body: bytes) -> None:
-        path = self._path(kind)
-        if path is None:
-            return
-        try:
-            with self._scratch(kind) as scratch:
-                scratch.write_bytes(hashlib.sha256(body).digest() + body)
-                scratch.replace(path)
-        except OSError as error:  # a full disk costs the next start its time, not this one
-            log.warning("%s: not kept, %s", path, one_line(error))
-
-    @contextmanager
-    def _scratch(self, kind: str) -> Iterator[Path]:
-        """A path of this process alone, beside the files."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{self.key}.{kind}.{uuid.uuid4().hex}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _refuse(self, kind: str, error: Exception) -> None:
-        log.warning("%s: made anew, %s", self._path(kind), one_line(error))
+    tensors = tensor_layouts(layout.inputs(example_inputs))
+    numerics = (torch.get_float32_matmul_precision(), torch.get_num_threads())
+    return graph_key(function.description, layout.keys, tensors, numerics)

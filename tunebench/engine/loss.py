@@ -34,9 +34,12 @@ def energy_per_atom_error(output: Mapping[str, torch.Tensor], target: Mapping[st
     return error
 
 
-def mean_square_of_labelled(error: torch.Tensor) -> torch.Tensor:
-    """Mean of the squared errors whose label exists (is not NaN); 0, with zero gradient, where none exists."""
-    labelled = ~torch.isnan(error)
+def mean_square_of_labelled(error: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean of the squared errors whose label exists (is not NaN); 0, with zero gradient, where none exists.
+
+    A prediction that is NaN makes the mean NaN.
+    """
+    labelled = ~torch.isnan(label)
     squares = torch.where(labelled, error, torch.zeros_like(error)).square()
     return squares.sum() / labelled.sum().clamp_min(1)
 
@@ -49,11 +52,13 @@ def weighted_loss(
     The force term averages over labelled components of the batch only; a batch without a labelled frame has force
     term 0. Equals NequIP's `EnergyForceStressLoss` with `ignore_nan` wherever that one is finite.
     """
-    loss = weights.energy_per_atom * mean_square_of_labelled(energy_per_atom_error(output, target))
+    loss = weights.energy_per_atom * mean_square_of_labelled(
+        energy_per_atom_error(output, target), target[AtomicDataDict.TOTAL_ENERGY_KEY]
+    )
     if weights.forces > 0:
         forces = AtomicDataDict.FORCE_KEY
-        loss = loss + weights.forces * mean_square_of_labelled(output[forces] - target[forces])
+        loss = loss + weights.forces * mean_square_of_labelled(output[forces] - target[forces], target[forces])
     if weights.stress > 0:
         stress = AtomicDataDict.STRESS_KEY
-        loss = loss + weights.stress * mean_square_of_labelled(output[stress] - target[stress])
+        loss = loss + weights.stress * mean_square_of_labelled(output[stress] - target[stress], target[stress])
     return loss

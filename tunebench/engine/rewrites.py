@@ -92,7 +92,8 @@ def _own_memory(graph: Graph, base: Any) -> Any:
     while root.target in _VIEWS or root.target in _REPEATS:
         root = root.args[0]
     if root.target is aten.full.default:
-        fill, kind = root.args[1], {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        fill = root.args[1]
+        kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
         own = graph.call_function(aten.full.default, (list(value.shape), fill), kind)
     else:
         own = graph.call_function(aten.clone.default, (base,), {"memory_format": torch.contiguous_format})

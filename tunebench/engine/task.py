@@ -35,6 +35,7 @@ class TrialTask:
         hyperparameters: sampled and fixed settings of the optimizer, by search-space name.
         averaged: the averaged readout of this arm, EMA or SCHEDULE_FREE.
         evaluation_steps: ascending steps at which validation errors are measured; the last one is the horizon.
+        rungs: those of them after which somebody decides whether the trial goes on.
         device: ``cpu`` or ``cuda``.
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
     """
@@ -53,6 +54,7 @@ class TrialTask:
     threads: int = 1
     time_limit_s: float | None = None
     treats: Treats = Treats.ALL
+    rungs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a trial that would not be measured at its horizon."""
@@ -131,6 +133,7 @@ def trial_task(
         threads=resources.threads,
         time_limit_s=resources.time_limit_s,
         treats=arm.space.treats,
+        rungs=arm.rungs if key.stage is Stage.TUNE else (),
     )
 
 

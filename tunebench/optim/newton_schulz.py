@@ -31,6 +31,9 @@ CUBIC: Coefficients = (1.5, -0.5, 0.0)
 # Matrices whose rows round up to the same multiple of this are iterated together, padded to the highest.
 _TILE = 32
 
+# Elements of a row that one product sums.
+_SUMMED_AT_ONCE = 512
+
 
 def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients: Coefficients = QUINTIC) -> torch.Tensor:
     """Matrices with the singular vectors of `x` and singular values near 1, at any scale of `x`.
@@ -120,10 +123,19 @@ def _iterate(stacks: Sequence[torch.Tensor], schedule: Sequence[Coefficients]) -
     if not schedule:
         return list(stacks)
     size = max(stack.shape[-2] for stack in stacks)
-    grams = [_padded(x @ x.mT, size) for x in stacks]
+    grams = [_padded(_gram(x), size) for x in stacks]
     polynomial = _polynomial(torch.cat(grams), schedule)
     pieces = torch.split(polynomial, [stack.shape[0] for stack in stacks])
     return [piece[:, : x.shape[-2], : x.shape[-2]] @ x for piece, x in zip(pieces, stacks, strict=True)]
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """X X^T; a long row is summed in parts, since one product of few tiles leaves most of a GPU idle."""
+    parts, rest = divmod(x.shape[-1], _SUMMED_AT_ONCE)
+    if parts < 2 or rest:
+        return x @ x.mT
+    pieces = x.reshape(*x.shape[:-1], parts, _SUMMED_AT_ONCE).movedim(-2, -3)
+    return (pieces @ pieces.mT).sum(-3)
 
 
 def _padded(gram: torch.Tensor, size: int) -> torch.Tensor:
