@@ -109,6 +109,7 @@ class Cohort:
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
         self._parked: list[Tenant] = []
+        self._orders: dict[int, NDArray[np.int64]] = {}
         self._evaluated_at_once = min(_EVALUATED_AT_ONCE, slots)
         self._groups: dict[Any, SlotGroup] = {}
         self._splits: dict[str, ResidentFrames] = {}
@@ -243,8 +244,8 @@ class Cohort:
         taken = {place.slot for place in self._places.values()}
         slot = min(set(range(self.slots)) - taken)
         train = self._resident(Split.TRAIN)
-        task, workload = tenant.task, tenant.task.workload
-        order = np.array(batch_order(len(train), workload.batch_size, workload.max_steps, task.seeds.order))
+        task = tenant.task
+        order = self._order(task.seeds.order)
         self._rows.fill(slot, tenant, order)
         self._labelled[slot] = torch.as_tensor(task_frames(task, Split.TRAIN).labelled, device=self.device)
         for constant, stacked in self._slot_constants().items():
@@ -258,6 +259,13 @@ class Cohort:
             order=order,
             misfits=~fits(train.sizes, order, self.padding.usual),
         )
+
+    def _order(self, seed: int) -> NDArray[np.int64]:
+        """Frames of each step; trials share seeds, and drawing a long order takes a while."""
+        if seed not in self._orders:
+            frames, workload = len(self._resident(Split.TRAIN)), self.workload
+            self._orders[seed] = np.array(batch_order(frames, workload.batch_size, workload.max_steps, seed))
+        return self._orders[seed]
 
     def _joined_group(self, tenant: Tenant, slot: int) -> SlotGroup:
         key = rule_key(tenant.rule)
