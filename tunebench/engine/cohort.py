@@ -30,6 +30,7 @@ from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_mod
 from tunebench.engine.fused import Evaluate, LossGradient, fuse, unfuse
 from tunebench.engine.graphs import Replayed
 from tunebench.engine.loss import LossWeights
+from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits, padding_plan
 from tunebench.engine.resident import (
     ResidentFrames,
@@ -118,7 +119,7 @@ class Cohort:
         self._programs: dict[Any, Any] = {}
         train = self._resident(Split.TRAIN)
         self.padding: PaddingPlan = padding_plan(train.sizes, self.workload.batch_size)
-        self._model = Tenant(task, self._shelf).model
+        self._model = self._shelf.module(task, training_module(task))[0].model
         self._rows = self._empty_rows()
         self._labelled = torch.ones(slots + 1, len(train), dtype=torch.bool, device=self.device)
         self._constants: Tensors = {}
