@@ -16,6 +16,7 @@ from analysis.selection import (
     confirm_candidates,
     rule_shares,
 )
+from analysis.step_costs import untimed
 from tunebench.study.objective import objective_value
 from tunebench.study.record import CURVES, OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
 from tunebench.study.search_space import FloatParameter
@@ -62,6 +63,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
         ("curve files belong to trials of the journal", _foreign_curves(run)),
     )
     checks = [_check(name, Status.FAILED, None, findings) for name, findings in whole]
+    checks.append(_check("steps were timed alone, as the run made them (F9)", Status.WARNING, None, untimed(run)))
     for workload in run.workloads:
         integrity = (
             ("the objective agrees with the errors it is made of", _objective(run, workload)),
@@ -188,10 +190,11 @@ def _other_weights(run: Run, workload: str) -> Iterator[str]:
 
 def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
     shares = {name: arm_ledger(run, workload, name, Stage.TUNE) for name in run.optimizers}
-    for unit, values in {
-        "trials": [float(share.trials) for share in shares.values()],
-        "device-seconds": [share.device_s for share in shares.values()],
-    }.items():
+    calibrated = [share.calibrated_s for share in shares.values() if share.calibrated_s is not None]
+    seconds = {"calibrated device-seconds": calibrated}
+    if len(calibrated) < len(shares):
+        seconds = {"device-seconds": [share.device_s for share in shares.values()]}
+    for unit, values in {"trials": [float(share.trials) for share in shares.values()], **seconds}.items():
         ratio = spread(values)
         if ratio is None and any(values):
             yield f"an arm was given no {unit}"

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.load import Run
 from analysis.selection import best_candidate, chosen_readout, confirm_candidates
 from analysis.statistics import Floats
+from analysis.step_costs import step_time, time_axis
 from tunebench.study.record import Metric, Readout, Split, TrialRecord
 
 
@@ -18,7 +19,7 @@ class LearningCurve:
     """Median, lowest and highest validation force MAE (eV/Å) over seeds, every array of shape (evaluations,).
 
     Attributes:
-        device_s: median device-seconds at each step.
+        device_s: device-seconds at each step, by the workload's `TimeAxis`: calibrated, or the median of those spent.
         seeds: ended seeds of the configuration.
         drawn_seeds: how many of them the curve shows: those that finished, or all when none did.
     """
@@ -43,9 +44,11 @@ def learning_curve(run: Run, workload: str, optimizer: str) -> LearningCurve | N
     times = pd.concat([row["device_s"] for row in rows], axis=1).sort_index()
     if values.empty:
         return None
+    steps = values.index.to_numpy(dtype=np.float64)
+    cost = step_time(run, shown[0]) if time_axis(run, workload).calibrated else None
     return LearningCurve(
-        step=values.index.to_numpy(dtype=np.float64),
-        device_s=times.median(axis=1).to_numpy(dtype=np.float64),
+        step=steps,
+        device_s=times.median(axis=1).to_numpy(dtype=np.float64) if cost is None else steps * cost.median_s,
         middle=values.median(axis=1).to_numpy(dtype=np.float64),
         low=values.min(axis=1).to_numpy(dtype=np.float64),
         high=values.max(axis=1).to_numpy(dtype=np.float64),

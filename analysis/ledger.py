@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.load import Run
+from analysis.step_costs import total_calibrated_s
 from tunebench.study.record import Reason, Stage, TrialRecord
 
 
@@ -16,7 +17,8 @@ class ArmLedger:
     Attributes:
         trials: trials in the journal, ended or not.
         steps: optimizer steps done.
-        device_s: device-seconds of training, without evaluation.
+        device_s: device-seconds of training as spent, without evaluation; a slot of a cohort has its share of a step.
+        calibrated_s: steps times solo step times; None where `calibration.json` does not cover the trials.
         wall_s: seconds of training by the clock on the wall.
         reasons: number of ended trials by reason.
         unfinished: trials that have not ended.
@@ -28,6 +30,7 @@ class ArmLedger:
     trials: int
     steps: int
     device_s: float
+    calibrated_s: float | None
     wall_s: float
     reasons: dict[Reason, int]
     unfinished: int
@@ -51,6 +54,7 @@ def arm_ledger(run: Run, workload: str, optimizer: str, stage: Stage) -> ArmLedg
         trials=len(trials),
         steps=int(_total(trials, "steps")),
         device_s=_total(trials, "device_s"),
+        calibrated_s=total_calibrated_s(run, trials),
         wall_s=_total(trials, "wall_s"),
         reasons={reason: count for reason in Reason if (count := sum(trial.reason is reason for trial in trials))},
         unfinished=sum(trial.reason is None for trial in trials),

@@ -16,6 +16,7 @@ from tunebench.study.journal import read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
 from tunebench.study.spec import Study
+from tunebench.study.step_times import Calibration, read_calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Run:
         trials: journal order; unfinished trials have no reason yet.
         curves: one row per measurement, columns `CURVE_COLUMNS`; a step measured twice, after a restart, counts once.
         environment: `environment.json`, empty when absent.
+        calibration: `calibration.json`, None when absent or damaged.
         damages: one line per file that could not be read.
     """
 
@@ -36,6 +38,7 @@ class Run:
     trials: tuple[TrialRecord, ...]
     curves: pd.DataFrame
     environment: dict[str, Any]
+    calibration: Calibration | None
     damages: tuple[str, ...]
 
     @property
@@ -76,13 +79,15 @@ def load(path: Path) -> Run:
     trials = _trials(path)
     curves, curve_damages = _curves(path / CURVES, [trial.key.trial_id for trial in trials])
     environment, environment_damages = _environment(path / ENVIRONMENT)
+    calibration, calibration_damages = _calibration(path, resolved)
     return Run(
         path=path,
         resolved=resolved,
         trials=trials,
         curves=curves,
         environment=environment,
-        damages=(*curve_damages, *environment_damages),
+        calibration=calibration,
+        damages=(*curve_damages, *environment_damages, *calibration_damages),
     )
 
 
@@ -120,3 +125,10 @@ def _environment(file: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(content, dict):
         return {}, [f"{ENVIRONMENT}: found {type(content).__name__}, allowed: a JSON object"]
     return content, []
+
+
+def _calibration(path: Path, resolved: ResolvedStudy) -> tuple[Calibration | None, list[str]]:
+    try:
+        return read_calibration(path, resolved.hash), []
+    except RunError as error:
+        return None, [str(error)]

@@ -18,6 +18,7 @@ from analysis.ranking import ArmResult, Ranking, WorkloadRanking
 from analysis.statistics import Interval
 from analysis.verdict import MINIMUM_SEEDS, Comparison
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
+from tunebench.study.step_times import StepTime, TimedStep
 
 _ERROR_WORDS = {
     Metric.FORCES_MAE: "force MAE, meV/Å",
@@ -61,6 +62,7 @@ def render(run: Run, ranking: Ranking, figures: Mapping[str, Sequence[PageFigure
         answers=[_answer(run, workload) for workload in ranking.workloads],
         ledgers=ledgers(run),
         spreads=_spreads(ranking),
+        step_times=_step_rows(run),
         caveats=caveats(run, ranking),
         environment=_environment_rows(run.environment),
         trials={name: [trial for trial in run.trials if trial.key.workload == name] for name in run.workloads},
@@ -103,6 +105,7 @@ def _answer_row(
         "seeds": _seed_words(arm),
         "tune_failed": f"{arm.tune.failed} of {tune_ended}" if tune_ended else wording.NOT_AVAILABLE,
         "own_share": wording.percent(arm.own_share),
+        "step_ms": _milliseconds(arm.step_time),
         "device_s": f"{arm.tune.device_s + arm.confirm.device_s:.0f}",
     }
 
@@ -144,14 +147,43 @@ def _spreads(ranking: Ranking) -> list[dict[str, str]]:
             shares = [arm.tune if stage is Stage.TUNE else arm.confirm for arm in workload.arms]
             ratios = [
                 spread(values)
-                for values in ([s.trials for s in shares], [s.steps for s in shares], [s.device_s for s in shares])
+                for values in (
+                    [s.trials for s in shares],
+                    [s.steps for s in shares],
+                    [s.device_s for s in shares],
+                    [s.calibrated_s or 0.0 for s in shares],
+                )
             ]
             words = [wording.NOT_AVAILABLE if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             rows.append(
-                dict(zip(("trials", "steps", "device_s"), words, strict=True))
+                dict(zip(("trials", "steps", "device_s", "calibrated_s"), words, strict=True))
                 | {"workload": workload.workload, "stage": stage.value}
             )
     return rows
+
+
+def _step_rows(run: Run) -> list[dict[str, Any]]:
+    """The calibration table: seconds of plain and refresh steps as text, and over the workload's cheapest plain one."""
+    steps = run.calibration.steps if run.calibration else ()
+    cheapest: dict[str, float] = {}
+    for step in steps:
+        cheapest[step.workload] = min(step.plain.median_s, cheapest.get(step.workload, math.inf))
+    return [
+        {
+            "step": step,
+            "plain": _milliseconds(step.plain),
+            "refresh": _milliseconds(step.refresh),
+            "ratio": f"{step.plain.median_s / cheapest[step.workload]:.2f}",
+        }
+        for step in steps
+    ]
+
+
+def _milliseconds(time: StepTime | TimedStep | None) -> tuple[str, str]:
+    """Median and quartiles as text, times 1000."""
+    if time is None:
+        return wording.ABSENT, ""
+    return wording.milli(time.median_s), f"[{wording.milli(time.low_s)}, {wording.milli(time.high_s)}]"
 
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from analysis.learning_curve import LearningCurve, learning_curve
 from analysis.ledger import FAILURES
 from analysis.load import Run
 from analysis.ranking import ArmResult, Summary, WorkloadRanking
+from analysis.step_costs import time_axis
 from analysis.tuning_curve import ended_value, tuning_curve
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
 from tunebench.study.seeds import named_seed
@@ -120,7 +121,7 @@ def learning_figure(run: Run, ranking: WorkloadRanking) -> Figure | None:
         by_step.plot(curve.step, MILLI * curve.middle, **style)
         by_time.plot(curve.device_s, MILLI * curve.middle, **style)
     by_step.set_xlabel("optimizer steps")
-    by_time.set_xlabel("device-seconds of training (evaluation excluded)")
+    by_time.set_xlabel(f"{time_axis(run, ranking.workload).words} of training (evaluation excluded)")
     by_step.set_ylabel("validation force MAE (meV/Å)")
     for axes in (by_step, by_time):
         _log_y(axes)
@@ -136,9 +137,12 @@ def _seeds_drawn(curve: LearningCurve) -> str:
 def tuning_figure(run: Run, ranking: WorkloadRanking) -> Figure | None:
     """Best validation objective so far against trials and against device-seconds, stopped and failed work included."""
     workload = ranking.workload
+    axis = time_axis(run, workload)
     curves = {
         arm.optimizer: tuning_curve(
-            run.arm(workload, arm.optimizer, Stage.TUNE), named_seed(run.study.seed, "orders", workload, arm.optimizer)
+            run.arm(workload, arm.optimizer, Stage.TUNE),
+            named_seed(run.study.seed, "orders", workload, arm.optimizer),
+            axis,
         )
         for arm in ranking.arms
     }
@@ -159,7 +163,7 @@ def tuning_figure(run: Run, ranking: WorkloadRanking) -> Figure | None:
         by_time.plot(curve.device_s, curve.best, **style, markevery=_improvements(curve.best))
     by_trials.set_xlabel("trials of the tune stage")
     by_trials.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_time.set_xlabel("cumulative device-seconds")
+    by_time.set_xlabel(f"cumulative {axis.words}")
     by_trials.set_ylabel(f"best validation objective\n{objective_label(run.study.objective)}")
     for axes in (by_trials, by_time):
         axes.set_ylim(low, high)

@@ -24,10 +24,12 @@ from analysis.selection import (
     rule_shares,
 )
 from analysis.statistics import Interval, iqm, iqm_interval, median
+from analysis.step_costs import step_time
 from analysis.verdict import Comparison, Contender, Decision, decide
 from tunebench.study.record import OOD_PREFIX, Metric, Split, Stage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
+from tunebench.study.step_times import StepTime
 
 SCHEMA_VERSION = 1
 ERROR_METRICS = (
@@ -72,6 +74,7 @@ class ArmResult:
         n_configs: configurations with at least one ended confirm trial.
         config_index: the best configuration, chosen on validation; ``None`` before the first confirm trial has ended.
         validation_objective: its mean over seeds, lower is better.
+        step_time: mean seconds of its step alone on the device; ``None`` where it was not calibrated.
         rule_shares: share of the weights by realised update rule. own_share: share under the arm's own rule.
         left_no_candidate: no configuration survived the tune stage, so every planned seed counts as failed.
     """
@@ -86,6 +89,7 @@ class ArmResult:
     config_index: int | None
     params: dict[str, Any]
     validation_objective: float | None
+    step_time: StepTime | None
     rule_shares: dict[str, float]
     own_share: float | None
     left_no_candidate: bool
@@ -193,6 +197,7 @@ def _arm_result(run: Run, workload: str, optimizer: str) -> ArmResult:
         config_index=best.config_index if best else None,
         params=best.params if best else {},
         validation_objective=mean_validation(best, run.study.objective) if best else None,
+        step_time=step_time(run, next(iter(best.trials.values()))) if best else None,
         rule_shares=shares,
         own_share=shares.get(optimizer, 0.0) if shares else None,
         left_no_candidate=hopeless,

@@ -10,16 +10,23 @@ from typing import Any
 from analysis.ledger import ArmLedger, ledgers
 from analysis.load import Run
 from analysis.ranking import Ranking, WorkloadRanking
+from analysis.step_costs import calibrated_s
 from analysis.wording import why
 from tunebench.study.record import Reason, TrialRecord
+from tunebench.study.step_times import SoloStep
+
+STEP_TIMES = "step_times.csv"
 
 
 def write_tables(run: Run, ranking: Ranking, folder: Path) -> None:
-    """Write arms.csv, ledger.csv and trials.csv, the numbers behind the page in eV, Å and s."""
+    """Write arms.csv, ledger.csv, trials.csv and, where steps were timed, step_times.csv, in eV, Å and s."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "arms.csv", [row for workload in ranking.workloads for row in _arm_rows(workload)])
     _write_csv(folder / "ledger.csv", [_ledger_row(ledger) for ledger in ledgers(run)])
-    _write_csv(folder / "trials.csv", [_trial_row(trial) for trial in run.trials])
+    _write_csv(folder / "trials.csv", [_trial_row(run, trial) for trial in run.trials])
+    (folder / STEP_TIMES).unlink(missing_ok=True)
+    if run.calibration is not None:
+        _write_csv(folder / STEP_TIMES, [row for step in run.calibration.steps for row in _step_rows(step)])
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -61,12 +68,13 @@ def _ledger_row(ledger: ArmLedger) -> dict[str, Any]:
         "unfinished": ledger.unfinished,
         "steps": ledger.steps,
         "device_s": ledger.device_s,
+        "calibrated_s": ledger.calibrated_s,
         "wall_s": ledger.wall_s,
         **{reason.value: ledger.reasons.get(reason, 0) for reason in Reason},
     }
 
 
-def _trial_row(trial: TrialRecord) -> dict[str, Any]:
+def _trial_row(run: Run, trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.key.trial_id,
         "workload": trial.key.workload,
@@ -79,6 +87,27 @@ def _trial_row(trial: TrialRecord) -> dict[str, Any]:
         "detail": why(trial),
         "steps": trial.ledger.get("steps"),
         "device_s": trial.ledger.get("device_s"),
+        "calibrated_s": calibrated_s(run, trial),
         "value": trial.value,
         **{f"param.{name}": value for name, value in trial.params.items()},
     }
+
+
+def _step_rows(step: SoloStep) -> list[dict[str, Any]]:
+    kinds = {"plain": step.plain, "refresh": step.refresh}
+    return [
+        {
+            "workload": step.workload,
+            "optimizer": step.optimizer,
+            "engine": step.engine,
+            "step": kind,
+            "median_s": timed.median_s,
+            "low_s": timed.low_s,
+            "high_s": timed.high_s,
+            "rounds": len(timed.rounds_s),
+            "steps_per_round": timed.steps_per_round,
+            **{f"setting.{name}": value for name, value in step.settings.items()},
+        }
+        for kind, timed in kinds.items()
+        if timed is not None
+    ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.statistics import Floats, best_so_far, random_order_band
+from analysis.step_costs import TimeAxis
 from tunebench.study.record import Reason, TrialRecord
 
 
@@ -17,7 +18,8 @@ class TuningCurve:
     """Best validation objective so far (lower is better) of one arm's tune stage; every array has shape (trials,).
 
     Stopped trials count with the objective they had when they were stopped, failed ones as ``inf``; the device-seconds
-    of both are part of the sum. `low` and `high` hold 80 % of the curves that random orders of the trials would give.
+    of both, by the workload's `TimeAxis`, are part of the sum. `low` and `high` hold 80 % of the curves that random
+    orders of the trials would give.
     """
 
     trials: Floats
@@ -27,7 +29,7 @@ class TuningCurve:
     high: Floats
 
 
-def tuning_curve(trials: Sequence[TrialRecord], seed: int) -> TuningCurve | None:
+def tuning_curve(trials: Sequence[TrialRecord], seed: int, axis: TimeAxis) -> TuningCurve | None:
     """Curve over the ended trials of a tune stage in planned order; ``None`` before the first trial has ended."""
     ended = [trial for trial in trials if trial.reason is not None]
     if not ended:
@@ -36,7 +38,7 @@ def tuning_curve(trials: Sequence[TrialRecord], seed: int) -> TuningCurve | None
     low, high = random_order_band(values, seed)
     return TuningCurve(
         trials=np.arange(1, len(ended) + 1, dtype=np.float64),
-        device_s=np.cumsum([trial.ledger.get("device_s", 0.0) for trial in ended], dtype=np.float64),
+        device_s=np.cumsum([axis.of_trial(trial) for trial in ended], dtype=np.float64),
         best=best_so_far(values),
         low=low,
         high=high,

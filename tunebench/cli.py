@@ -76,20 +76,25 @@ def plan(
     measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
     as_json: Json = False,
 ) -> None:
-    """Show what a study will do: arms, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
+    """Show what a study will do: engine, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
     from tunebench.study.plan import plan_summary
     from tunebench.study.resolve import resolve
+    from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
     resolved = resolve(study)
     data = prepare_workloads(resolved, _stderr())
     check_arms(resolved, data)
+    choices = choose_engines(resolved, data)
+    for choice in choices.values():
+        if choice.reason:
+            _stderr().print(choice.warning(), style="yellow", highlight=False, soft_wrap=True)
     seconds = None
     if measure:
         from tunebench.engine.calibration import step_seconds
 
         seconds = step_seconds(resolved, data)
-    summary = plan_summary(resolved, seconds)
+    summary = plan_summary(resolved, seconds, {name: choice.to_plain() for name, choice in choices.items()})
     _print(summary, as_json, _plan_table)
 
 
@@ -120,6 +125,24 @@ def run(
         summary |= _write_report(folder)
     _print(summary, as_json, lambda s: f"report: {s['report']}" if report else f"run: {s['run']}")
     _fail_for_checks(summary)
+
+
+@app.command()
+def calibrate(
+    source: Annotated[
+        Path, typer.Argument(help="run directory, or study file: its run directory is then runs/NAME-HASH")
+    ],
+    run_folder: Annotated[Path | None, typer.Option("--run", help="run directory")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="times that every step is measured")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="least duration of one measurement")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Measure what a step of every arm takes alone on this device, for the report's time axis."""
+    from tunebench.tuning.calibration import CalibrateOptions, calibrate_run
+
+    options = CalibrateOptions(run=run_folder, rounds=rounds, seconds=seconds)
+    file, table = calibrate_run(source, options, _stderr())
+    _print({"file": str(file), **table.model_dump(mode="json")}, as_json, _calibration_table)
 
 
 @app.command()
@@ -253,11 +276,14 @@ def _plan_table(summary: dict[str, Any]) -> Table:
     seconds = summary["expected_device_s"]
     cost = "" if seconds is None else f", about {seconds:.0f} device-seconds"
     table = Table(title=f"{summary['study']}: {summary['trials']} trials{cost}", title_justify="left")
-    for column in ("arm", "trials", "confirm", "horizon", "rungs", "survivors", "step [ms]", "device-seconds"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    counted = ("slots", "trials", "confirm", "horizon", "rungs", "survivors", "step [ms]", "device-seconds")
+    for column in ("arm", "engine", *counted):
+        table.add_column(column, justify="right" if column in counted else "left", no_wrap=column == "arm")
     for arm in summary["arms"]:
         table.add_row(
             arm["arm"],
+            arm["engine"] or "",
+            "" if arm["slots"] is None else str(arm["slots"]),
             str(arm["trials"]),
             str(arm["confirm_trials"]),
             str(arm["horizon_steps"]),
@@ -269,17 +295,35 @@ def _plan_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _calibration_table(summary: dict[str, Any]) -> Table:
+    title = f"{summary['file']}: {summary['device']}, {summary['rounds']} rounds, median (quartiles)"
+    table = Table(title=title, title_justify="left")
+    for column in ("arm", "settings", "engine", "plain step [ms]", "refresh step [ms]"):
+        table.add_column(column, justify="right" if "[ms]" in column else "left", no_wrap=column == "arm")
+    for step in summary["steps"]:
+        settings = " ".join(f"{name}={value}" for name, value in step["settings"].items())
+        times = (_milliseconds(step[kind]) for kind in ("plain", "refresh"))
+        table.add_row(f"{step['workload']}/{step['optimizer']}", settings, step["engine"], *times)
+    return table
+
+
+def _milliseconds(timed: dict[str, Any] | None) -> str:
+    if timed is None:
+        return ""
+    median, low, high = (f"{1e3 * timed[name]:.2f}" for name in ("median_s", "low_s", "high_s"))
+    return f"{median} ({low} to {high})"
+
+
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
-    columns = ("arm", "stage", "planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed", "best objective")
-    for column in columns:
-        left = column in ("arm", "stage")
+    counted = ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed")
+    for column in ("arm", "stage", "engine", *counted, "best objective"):
+        left = column in ("arm", "stage", "engine")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for row in summary["arms"]:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
-        counts = (row[name] for name in ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed"))
-        table.add_row(row["arm"], row["stage"], *map(str, counts), best)
+        table.add_row(row["arm"], row["stage"], row["engine"], *(str(row[name]) for name in counted), best)
     return table
 
 

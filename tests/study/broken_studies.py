@@ -189,6 +189,9 @@ BROKEN = [
     ),
     BrokenStudy(id="unknown sampler", key="tune.sampler", edit=put("tune", "sampler", value="random")),
     BrokenStudy(id="no seeds", key="confirm.seeds", edit=put("confirm", "seeds", value=0)),
+    BrokenStudy(id="unknown engine", key="engine", edit=put("engine", value="jax")),
+    BrokenStudy(id="no slots", key="resources.slots", edit=put("resources", "slots", value=0)),
+    BrokenStudy(id="slots in words", key="resources.slots", edit=put("resources", "slots", value="many")),
     BrokenStudy(id="no processor", key="resources.cpus_per_trial", edit=put("resources", "cpus_per_trial", value=0)),
     # parts that contradict each other
     BrokenStudy(id="workload twice", key="workloads[1].name", edit=put("workloads", 1, "name", value="ethanol-nequip")),

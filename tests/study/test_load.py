@@ -209,6 +209,13 @@ def test_the_hash_changes_with_anything_that_changes_the_study(edit: Any, tmp_pa
     assert resolve(written(tmp_path, study)).hash != resolve(QUICKSTART).hash
 
 
+@pytest.mark.parametrize("edit", [put("engine", value="lightning"), put("resources", value={"slots": 4})])
+def test_the_hash_ignores_who_trains_so_a_run_may_go_on_with_another_engine(edit: Any, tmp_path: Path) -> None:
+    study = quickstart()
+    edit(study)
+    assert resolve(written(tmp_path, study)).hash == resolve(QUICKSTART).hash
+
+
 def test_the_hash_changes_with_a_search_space(tmp_path: Path) -> None:
     study = quickstart()
     study["optimizers"][0] = {"name": "adamw", "search_space": "own.yaml"}

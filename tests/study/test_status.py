@@ -35,7 +35,8 @@ def journal(tmp_path: Path) -> JournalWriter:
     end(writer, key(0), Reason.FINISHED, 0.25)
     end(writer, key(1), Reason.STOPPED_ASHA, 0.5, rung=3, cutoff=0.375, value=0.5, recorded=3)
     end(writer, key(2), Reason.DIVERGED, None, message="training loss inf at step 2")
-    writer.start(key(3))
+    writer.start(key(3), engine="lightning")
+    writer.start(key(3), engine="cohort")
     return writer
 
 
@@ -46,6 +47,7 @@ def test_status_counts_every_trial_once(tmp_path: Path, journal: JournalWriter) 
     assert (arm["waiting"], arm["running"]) == (2, 1)
     assert (arm["FINISHED"], arm["STOPPED_ASHA"], arm["DIVERGED"], arm["CRASHED"], arm["failed"]) == (1, 1, 1, 0, 1)
     assert arm["best_objective"] == 0.25
+    assert arm["engine"] == "cohort"  # the one that trained last
     assert status["trials"] == 6
     assert status["device_s"] == 3 * 1.5
 

@@ -54,7 +54,9 @@ class Driver:
         rungs = {"w/adamw": (3,)} if stage is Stage.TUNE else {}
         self.scheduler = PerArmAsha(rungs, 3, self.keys.__getitem__)
         self.progress = Progress(run, stage, Console(file=io.StringIO()))
-        self.recorder = Recorder(journal, self.scheduler, self.keys, rungs, retention(keep), self.progress)
+        self.recorder = Recorder(
+            journal, self.scheduler, self.keys, rungs, retention(keep), self.progress, {"w": "cohort"}
+        )
         for trial in self.keys.values():
             journal.plan(trial, {}, {}, {})
             self.progress.planned(trial, None, None)

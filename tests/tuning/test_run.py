@@ -115,7 +115,7 @@ def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path, how: si
 
 
 def test_a_trial_whose_process_always_dies_is_recorded_as_crashed_and_the_study_goes_on(tmp_path: Path):
-    study = write_study(tmp_path, resources={"max_failures": 1}, optimizers=["adamw"])
+    study = write_study(tmp_path, resources={"max_failures": 1}, optimizers=["adamw"], engine="lightning")
     run = tmp_path / "run"
     crash = tmp_path / "sitecustomize.py"
     crash.write_text(

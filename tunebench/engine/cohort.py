@@ -40,7 +40,7 @@ from tunebench.engine.resident import (
     resident_frames,
     static_batches,
 )
-from tunebench.engine.slot_group import Flat, Member, SlotGroup, rule_key
+from tunebench.engine.slot_group import Flat, Member, SlotGroup, least_capacity, rule_key
 from tunebench.engine.task import Errors, Evaluation, TrialTask
 from tunebench.engine.tenant import ModuleShelf, SlotState, Tenant
 from tunebench.optim.clipping import clip_by_global_norm
@@ -82,6 +82,14 @@ class _Place:
     waiting: bool = False
 
 
+@dataclass(kw_only=True)
+class _Parked:
+    """A trial that memory keeps out of a slot; `tenant.state` is where it stands, `waiting` as in a slot."""
+
+    tenant: Tenant
+    waiting: bool
+
+
 class Cohort:
     """Slots of one workload on one device.
 
@@ -109,7 +117,7 @@ class Cohort:
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
-        self._parked: list[Tenant] = []
+        self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._evaluated_at_once = min(_EVALUATED_AT_ONCE, slots)
         self._groups: dict[Any, SlotGroup] = {}
@@ -132,7 +140,7 @@ class Cohort:
     @property
     def trials(self) -> tuple[str, ...]:
         """Names of the trials that are in, those that memory keeps from stepping last."""
-        return (*self._places, *(tenant.name for tenant in self._parked))
+        return (*self._places, *(parked.tenant.name for parked in self._parked))
 
     @property
     def free(self) -> int:
@@ -174,19 +182,19 @@ class Cohort:
             name: of the trial.
             reason: why it ended; None for one that will go on elsewhere.
         """
-        parked = next((tenant for tenant in self._parked if tenant.name == name), None)
+        parked = self._parked_trial(name)
         if parked is not None:
             self._parked.remove(parked)
-        tenant = parked or self._vacate(name)
+        tenant = parked.tenant if parked else self._vacate(name)
         if reason is not None:
             tenant.book.close(reason)
         if self._parked and len(self._places) < self.slots:
-            self._place(self._parked.pop(0))
+            self._unpark(next((parked for parked in self._parked if not parked.waiting), self._parked[0]))
 
     def go_on(self, name: str) -> None:
         """Let a trial that has reported step again."""
         self._book_time()
-        self._places[name].waiting = False
+        (self._parked_trial(name) or self._places[name]).waiting = False
 
     def advance(self) -> list[tuple[str, Evaluation]]:
         """Step until some trial has something to report; those trials wait for `go_on` or `leave`.
@@ -194,14 +202,12 @@ class Cohort:
         A report with an outcome is the trial's last: it has left its slot. Without a trial to step nothing is returned.
         """
         while stepping := [place for place in self._places.values() if not place.waiting]:
-            try:
-                stepped = self._step(stepping)
-            except torch.OutOfMemoryError as error:
-                if self.slots > 1:
-                    self._halve()
-                    continue
-                return [self._ended(place, Reason.OOM, str(error).splitlines()[0]) for place in stepping]
+            stepped, shortage = self._step(stepping)
             reports = self._diverged(stepped) + self._due(stepped)
+            if shortage and self.slots > 1:
+                self._halve()
+            elif shortage:
+                reports += [self._ended(place, Reason.OOM, shortage) for place in stepping]
             if reports:
                 return reports
         return []
@@ -223,13 +229,17 @@ class Cohort:
         if steps > left:
             raise ValueError(f"run: found {steps} steps, allowed: {left}, which the first to finish has left")
         for _ in range(steps):
-            self._step(stepping)
+            _, shortage = self._step(stepping)
+            if shortage:
+                raise torch.OutOfMemoryError(shortage)
         self._now()
 
     def state(self, name: str) -> SlotState:
         """A copy of everything the next step of a trial depends on, on the CPU."""
-        place = self._places[name]
-        rows = self._rows
+        parked = self._parked_trial(name)
+        if parked is not None:
+            return parked.tenant.state
+        place, rows = self._places[name], self._rows
         return SlotState(
             step=place.step,
             weights=_on_cpu(rows.packing.split(_row(rows.weights, place.slot))),
@@ -272,7 +282,7 @@ class Cohort:
         key = rule_key(tenant.rule)
         group = self._groups.get(key)
         if group is None:
-            group = SlotGroup(tenant.rule, 1, self.slots, self.device)
+            group = SlotGroup(tenant.rule, least_capacity(self.slots, self.device), self.slots, self.device)
         elif None not in group.members:
             group = group.resized(2 * group.capacity)
         group.add(Member(slot, tenant.hyper), tenant.state.optimizer)
@@ -301,11 +311,11 @@ class Cohort:
             "%s: out of memory with %d slots, going on with %d", self.workload.name, self.slots, self.slots // 2
         )
         self._book_time()
-        waiting = {name: place.waiting for name, place in self._places.items()}
-        tenants = []
-        for name, place in self._places.items():
-            place.tenant.state = self.state(name)
-            tenants.append(place.tenant)
+        kept = []
+        for place in sorted(self._places.values(), key=lambda place: place.waiting):
+            place.tenant.state = self.state(place.tenant.name)
+            kept.append(_Parked(tenant=place.tenant, waiting=place.waiting))
+        self._parked = kept + self._parked
         self._places, self._groups, self._programs, self._constants = {}, {}, {}, {}
         self.slots //= 2
         del self._rows
@@ -314,10 +324,16 @@ class Cohort:
             torch.cuda.empty_cache()
         self._rows = self._empty_rows()
         self._labelled = self._labelled[: self.slots + 1].clone()
-        for tenant in tenants[: self.slots]:
-            self._place(tenant)
-            self._places[tenant.name].waiting = waiting[tenant.name]
-        self._parked = tenants[self.slots :] + self._parked
+        for parked in kept[: self.slots]:
+            self._unpark(parked)
+
+    def _unpark(self, parked: _Parked) -> None:
+        self._parked.remove(parked)
+        self._place(parked.tenant)
+        self._places[parked.tenant.name].waiting = parked.waiting
+
+    def _parked_trial(self, name: str) -> _Parked | None:
+        return next((parked for parked in self._parked if parked.tenant.name == name), None)
 
     def _replace_group(self, key: Any, group: SlotGroup) -> None:
         before = self._groups.get(key)
@@ -328,40 +344,43 @@ class Cohort:
 
     # --- stepping ------------------------------------------------------------------------------------------------
 
-    def _step(self, stepping: Sequence[_Place]) -> list[_Place]:
-        """One step of these trials; returns those that made it before memory ran out, if it did."""
+    def _step(self, stepping: Sequence[_Place]) -> tuple[list[_Place], str]:
+        """One step of these trials; returns those that made it, and what is said where memory ran out before others."""
         misfits = [place for place in stepping if place.misfits[place.step]]
         fitting = [place for place in stepping if not place.misfits[place.step]]
         stepped: list[_Place] = []
+        shortage = ""
         for places, shape in ((fitting, self.padding.usual), (misfits, self.padding.guaranteed)):
-            if places:
-                stepped += self._step_together(places, shape)
-        return stepped
+            if places and not shortage:
+                made, shortage = self._step_together(places, shape)
+                stepped += made
+        return stepped, shortage
 
-    def _step_together(self, places: Sequence[_Place], shape: BatchShape) -> list[_Place]:
+    def _step_together(self, places: Sequence[_Place], shape: BatchShape) -> tuple[list[_Place], str]:
         rows = self._rows
         bucket = self._bucket()
         self._gather_below(bucket)
         rows.set_stepping([place.slot for place in places])
-        self._gradient_program(shape, bucket)()
         steps = {place.slot: place.step + 1 for place in places}
         moved: set[int] = set()
+        shortage = ""
         try:
+            self._gradient_program(shape, bucket)()
             for group in self._groups.values():
                 group.set_stepping(list(steps))
                 members = {member.slot for member in group.occupied()} & steps.keys()
                 if members:
                     group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
                     moved |= members
-        except torch.OutOfMemoryError:
-            if not moved:
-                raise
+        except torch.OutOfMemoryError as error:  # kept alive it would keep the memory of the frames it went through
+            shortage = _first_line(error)
             rows.set_stepping(list(moved))  # the others make this step once there is room
-        self._finish_program()()
         stepped = [place for place in places if place.slot in moved]
+        if stepped:
+            self._finish_program()()
         for place in stepped:
             place.step += 1
-        return stepped
+        return stepped, shortage
 
     def _bucket(self) -> int:
         """Rows that a step computes: all, or a quarter, a sixteenth, ... where few trials are left."""
@@ -496,13 +515,16 @@ class Cohort:
         if not due:
             return []
         self._book_time()
-        try:
-            errors = self._errors(due)
-        except torch.OutOfMemoryError as error:
-            if self._evaluated_at_once == 1:
-                return [self._ended(place, Reason.OOM, str(error).splitlines()[0]) for place in due]
-            self._evaluated_at_once //= 2
-            return self._due(stepping)
+        errors: list[Errors] = []
+        while not errors:
+            try:
+                errors = self._errors(due)
+            except torch.OutOfMemoryError as error:
+                shortage = _first_line(error)
+            if not errors and self._evaluated_at_once == 1:
+                return [self._ended(place, Reason.OOM, shortage) for place in due]
+            if not errors:
+                self._evaluated_at_once //= 2
         reports = [self._reported(place, found) for place, found in zip(due, errors, strict=True)]
         self._since = self._now()  # nobody pays for an evaluation in training time
         return reports
@@ -725,6 +747,10 @@ class _Rows:
         total, count = float(self.loss_sum[slot]), float(self.loss_count[slot])
         self.loss_sum[slot], self.loss_count[slot] = 0.0, 0.0
         return total / count if count else math.nan
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or "out of memory").splitlines()[0]
 
 
 def _clipped(limit: float, grads: Flat) -> Flat:

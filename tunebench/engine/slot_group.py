@@ -19,6 +19,12 @@ Flat = dict[torch.dtype, torch.Tensor]
 
 _ORDER = (Phase.PLAIN, Phase.REFRESH, Phase.START)
 
+# On the CPU a trial's bits must not depend on the capacity of its group. With one row a transposed view stays a view
+# where with more it is copied, and the product of either rounds differently; with eight or more, torch takes the powers
+# of some rows by vector instructions and of others not, which differ in the last bit. So capacities start at two, and
+# at most four rows are computed together.
+_LEAST_ROWS_ON_CPU, _ROWS_TOGETHER_ON_CPU = 2, 4
+
 
 @dataclass(frozen=True)
 class Member:
@@ -39,6 +45,11 @@ def rule_key(rule: UpdateRule) -> tuple[Any, ...]:
     return type(rule).__name__, settings, rule.packing.blocks
 
 
+def least_capacity(slots: int, device: torch.device) -> int:
+    """Rows of the smallest group in a cohort of so many slots."""
+    return min(slots, _LEAST_ROWS_ON_CPU) if device.type == "cpu" else 1
+
+
 class SlotGroup:
     """State and hyperparameters of some slots, stacked in `capacity` rows; free rows are computed and thrown away.
 
@@ -53,6 +64,7 @@ class SlotGroup:
         self.rule = rule
         self.members: list[Member | None] = [None] * capacity
         self._spare = spare
+        self._together = _ROWS_TOGETHER_ON_CPU if device.type == "cpu" else None
         self._slots = torch.full((capacity,), spare, dtype=torch.int64, device=device)
         self._stepping = torch.zeros(capacity, dtype=torch.bool, device=device)
         names = dict.fromkeys((*rule.hyperparameters, "learning_rate"))
@@ -153,7 +165,7 @@ class SlotGroup:
         factor = factors.index_select(0, self._slots)
         hyper = {**self._hyper, "learning_rate": self._hyper["learning_rate"] * factor}
         number = steps.index_select(0, self._slots) + 1
-        flat, state = vmap(partial(self._one, phase))(own, self._state, old, hyper, number)
+        flat, state = vmap(partial(self._one, phase), chunk_size=self._together)(own, self._state, old, hyper, number)
         chosen = {dtype: self._chosen(flat[dtype], old[dtype]) for dtype in weights}
         kept = {name: self._chosen(state[name], tensor) for name, tensor in self._state.items()}
         # Memory can run out above and leaves the slots as they were; from here on nothing is allocated.
@@ -178,7 +190,8 @@ class SlotGroup:
             read: the rule's `averaged`.
         """
         own = {dtype: matrix.index_select(0, self._slots) for dtype, matrix in weights.items()}
-        found = vmap(partial(self._one_averaged, read))(own, self._state, self._hyper)
+        averaged = vmap(partial(self._one_averaged, read), chunk_size=self._together)
+        found = averaged(own, self._state, self._hyper)
         return {dtype: matrix.index_copy(0, self._slots, found[dtype]) for dtype, matrix in others.items()}
 
     def _one_averaged(self, read: Callable[..., Tensors], weights: Flat, state: Tensors, hyper: Tensors) -> Flat:

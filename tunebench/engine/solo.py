@@ -281,6 +281,7 @@ def _measure(timings: Sequence[_Timing], plan: SoloPlan, say: Say) -> set[_Cell]
                 timing.rounds_s.append(_tried(timing, failed, say))
         if number == 0:
             for timing in timings:
+                timing.steps = max([timing.steps, *(_steps_for(plan.seconds, seconds) for seconds in timing.rounds_s)])
                 timing.rounds_s.clear()
         say(f"round {number} of {plan.rounds}" if number else f"warm, {len(timings)} kinds of steps")
     return failed

@@ -90,10 +90,12 @@ class JournalWriter:
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
 
-    def start(self, key: TrialKey, groups: list[dict[str, Any]] | None = None) -> None:
-        """Mark a trial as running and, once known, write its realised parameter groups."""
+    def start(self, key: TrialKey, groups: list[dict[str, Any]] | None = None, engine: str | None = None) -> None:
+        """Mark a trial as running and, once known, write its engine and its realised parameter groups."""
         if self._trial(key).state == TrialState.WAITING:
             self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
+        if engine and self._trial(key).user_attrs.get("engine") != engine:
+            self._set(key, "engine", engine)
         if groups and not self._trial(key).user_attrs.get("groups"):
             self._set(key, "groups", groups)
 
@@ -168,5 +170,6 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         ledger=attributes.get("ledger", {}),
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
+        engine=attributes.get("engine"),
         result=attributes.get("result", {}),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,12 +109,17 @@ def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int) -> int:
     return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))
 
 
-def plan_summary(resolved: ResolvedStudy, step_seconds: dict[str, float] | None = None) -> dict[str, Any]:
+def plan_summary(
+    resolved: ResolvedStudy,
+    step_seconds: Mapping[str, float] | None = None,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
 
     Args:
         resolved: the study.
-        step_seconds: measured seconds of one training step by arm name.
+        step_seconds: measured seconds of one training step by arm name, alone on its device.
+        engines: ``{engine, slots, reason}`` by workload name, where it is known.
     """
     study = resolved.study
     confirm_trials = study.confirm.top_k * study.confirm.seeds
@@ -122,9 +128,12 @@ def plan_summary(resolved: ResolvedStudy, step_seconds: dict[str, float] | None 
         horizon = arm.workload.max_steps
         steps = {"tune": tune_steps(study.tune, arm.rungs, horizon), "confirm": confirm_trials * horizon}
         seconds = (step_seconds or {}).get(arm.name)
+        engine = (engines or {}).get(arm.workload.name, {})
         rows.append(
             {
                 "arm": arm.name,
+                "engine": engine.get("engine"),
+                "slots": engine.get("slots"),
                 "trials": study.tune.trials_per_arm,
                 "confirm_trials": confirm_trials,
                 "horizon_steps": horizon,

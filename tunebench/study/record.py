@@ -123,6 +123,7 @@ class TrialRecord:
         ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
+        engine: what trained it last, ``cohort`` or ``lightning``; None before its start.
         result: last measured errors, ``{split: {readout: {metric: value}}}``; test and ood only for the confirm stage.
     """
 
@@ -137,5 +138,6 @@ class TrialRecord:
     seeds: dict[str, int]
     ledger: dict[str, float]
     data_hash: str | None = None
+    engine: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

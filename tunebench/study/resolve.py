@@ -28,7 +28,8 @@ class ResolvedStudy:
         file: where it was read from.
         spaces: by optimizer, its search space after `fixed` has been taken out of the search.
         schedules: by optimizer, its learning-rate schedule.
-        hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count.
+        hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count, nor do
+            `engine` and `resources.slots`: a run may go on with another engine.
     """
 
     study: Study
@@ -121,8 +122,9 @@ def _resolved(file: Path, study: Study, spaces: Mapping[str, SearchSpace]) -> Re
 
 
 def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
-    """Search spaces count by what they say, not by where their files lie."""
+    """Search spaces count by what they say, not by where their files lie; who trains a trial does not count."""
     data: dict[str, Any] = study.model_dump(mode="json")
+    del data["engine"], data["resources"]["slots"]
     for arm in data["optimizers"]:
         del arm["search_space"]
     content = {"study": data, "spaces": {name: space.model_dump(mode="json") for name, space in spaces.items()}}

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 WATER_BOX = "water-box"
 
@@ -236,13 +236,38 @@ class Confirm(Section):
     seeds: PositiveInt = Field(default=5, description="fresh seeds for each of them")
 
 
+def _slots(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < INTEGER_LIMIT
+    if value != "auto" and not number:
+        raise ValueError("auto, or an integer of at least 1")
+    return value
+
+
+Slots = Annotated[Literal["auto"] | int, PlainValidator(_slots, json_schema_input_type=Literal["auto"] | PositiveInt)]
+
+
+class Engine(StrEnum):
+    """What trains trials: many in one device step, or NequIP's own trainer with one trial per process."""
+
+    AUTO = "auto"
+    COHORT = "cohort"
+    LIGHTNING = "lightning"
+
+
 class Resources(Section):
-    """What a trial gets, in Ray's units."""
+    """What a trial gets, in Ray's units.
+
+    Trials of the `cohort` engine share devices instead: a cohort takes a whole GPU, or where `gpus_per_trial` is 0 all
+    cores of a node.
+    """
 
     cpus_per_trial: PositiveFloat = Field(default=1.0, description="CPU cores")
     gpus_per_trial: NonNegativeFloat = Field(default=0.0, description="GPUs, at most 1; 0.25 puts four trials on one")
     concurrent_trials: PositiveInt | None = Field(
         default=None, description="upper bound; left out, what the cluster fits"
+    )
+    slots: Slots = Field(
+        default="auto", description="trials that a cohort trains at once; auto measures how many pay on its device"
     )
     max_failures: NonNegativeInt = Field(
         default=2, description="times a crashed trial is started again from its checkpoint"
@@ -277,6 +302,11 @@ class Study(Section):
     tune: Tune = Field(default_factory=Tune, description="search")
     confirm: Confirm = Field(default_factory=Confirm, description="reruns that rank")
     resources: Resources = Field(default_factory=Resources, description="what a trial gets")
+    engine: Annotated[Engine, Field(strict=False)] = Field(
+        default=Engine.AUTO,
+        description="cohort (many trials in one device step) or lightning (one process per trial); auto is cohort "
+        "where a workload's model can be traced",
+    )
     keep_checkpoints: Literal["confirm", "all", "none"] = Field(
         default="confirm", description="checkpoints kept after a trial has ended"
     )

@@ -54,6 +54,7 @@ def explain_trial(run: Path, name: str) -> dict[str, Any]:
         "objective": trial.value,
         "ledger": trial.ledger,
         "groups": trial.groups,
+        "engine": trial.engine,
         "text": _sentences(trial),
     }
 
@@ -63,6 +64,7 @@ def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
     return {
         "arm": trials[0].key.arm,
         "stage": trials[0].key.stage.value,
+        "engine": ", ".join(dict.fromkeys(trial.engine for trial in trials if trial.engine)),
         "planned": len(trials),
         "waiting": sum(trial.state == "WAITING" for trial in trials),
         "running": sum(trial.state == "RUNNING" for trial in trials),
@@ -84,7 +86,7 @@ def _sentences(trial: TrialRecord) -> str:
     if trial.ledger:
         lines.append(
             f"work: {trial.ledger['steps']:.0f} steps, {trial.ledger['device_s']:.1f} device-seconds, "
-            f"{trial.ledger['attempts']:.0f} attempt(s)"
+            f"{trial.ledger['attempts']:.0f} attempt(s)" + (f", {trial.engine} engine" if trial.engine else "")
         )
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback
@@ -29,6 +29,7 @@ class Recorder(Callback):
         rungs: step -> journal, per arm.
         drop: whether a finished trial's checkpoints are deleted, by key.
         progress: the view that is updated.
+        engines: name of the engine of each workload.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Recorder(Callback):
         rungs: dict[str, tuple[int, ...]],
         drop: Callable[[TrialKey], bool],
         progress: Progress,
+        engines: Mapping[str, str],
     ) -> None:
         self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
-        self._drop, self._progress = drop, progress
+        self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Mark the trial as running."""
         key = self._key(trial)
-        self._journal.start(key)
+        self._journal.start(key, engine=self._engines[key.workload])
         self._progress.started(key)
 
     def on_trial_result(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,12 +24,16 @@ from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, T
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
+from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
 from tunebench.workloads.data import PreparedData
+
+if TYPE_CHECKING:
+    from tunebench.tuning.pool_client import PoolClient
 
 _TPE_ROUNDS = 8
 
@@ -80,6 +84,8 @@ class _Run:
         self._resolved, self._study, self._options = resolved, resolved.study, options
         self._data, self._console = data, console
         self._arms = plan_arms(resolved)
+        self._engines: dict[str, EngineChoice] = {}
+        self._pool: PoolClient | None = None
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
         for line in changed:
             console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
@@ -151,13 +157,35 @@ class _Run:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
         tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
         if tasks:
+            self._choose_engines({task.workload.name for task in tasks.values()})
             set_ray_environment(self._options.address)
-            from tunebench.tuning.stage import run_stage  # imports Ray, which reads its environment now
+            from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
+            from tunebench.tuning.stage import run_stage
 
-            run_stage(self._resolved, stage, self._arms, records, tasks, self._journal, self._options, self._console)
+            self._pool = self._pool or PoolClient(self._study.resources, self._options.run)
+            run_stage(
+                self._resolved,
+                stage,
+                self._arms,
+                records,
+                tasks,
+                self._engines,
+                self._pool,
+                self._journal,
+                self._options,
+                self._console,
+            )
         left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
         if left:
             raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
+
+    def _choose_engines(self, workloads: set[str]) -> None:
+        """Decide once per start what trains each workload, and say where it is not what was asked for."""
+        new = choose_engines(self._resolved, self._data, workloads - self._engines.keys())
+        self._engines |= new
+        for choice in new.values():
+            if choice.reason:
+                self._console.print(choice.warning(), style="yellow", highlight=False, soft_wrap=True)
 
     def _task(self, record: TrialRecord) -> TrialTask:
         arm = next(arm for arm in self._arms if arm.name == record.key.arm)

@@ -19,13 +19,17 @@ from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
-from tunebench.study.spec import Resources
+from tunebench.study.spec import Engine, Resources
 from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.engine_choice import EngineChoice
+from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
-from tunebench.tuning.trainable import LOGS, train_trial
+from tunebench.tuning.shares import Shares, trial_resources
+from tunebench.tuning.trainable import train_trial
+from tunebench.tuning.trial_log import LOGS
 
 if TYPE_CHECKING:
     from tunebench.tuning.runner import RunOptions
@@ -40,12 +44,15 @@ def run_stage(
     arms: list[ArmPlan],
     records: list[TrialRecord],
     tasks: Mapping[str, TrialTask],
+    engines: Mapping[str, EngineChoice],
+    pool: PoolClient,
     journal: JournalWriter,
     options: RunOptions,
     console: Console,
 ) -> None:
     """Run `tasks`, the trials of `records` that have not ended, until each is closed in the journal.
 
+    Trials of the cohort engine come first: their tenants wait for slots of `pool`, the others for Ray's resources.
     Ctrl-C returns early with trials left open.
     """
     study = resolved.study
@@ -57,18 +64,25 @@ def run_stage(
     progress = Progress(options.run, stage, console)
     for record in records:
         progress.planned(record.key, record.reason, record.value)
-    recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress)
+    names = {workload: choice.engine.value for workload, choice in engines.items()}
+    recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress, names)
     storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
+    tenants = {name: task for name, task in tasks.items() if names[task.workload.name] == Engine.COHORT}
+    alone = {name: task for name, task in tasks.items() if name not in tenants}
+    pool.plan(tenants, others_wait=bool(alone))
     with progress:
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(train_trial, tasks=dict(tasks)), trial_resources(study.resources)),
-            param_space={"trial": tune.grid_search(list(tasks))},
+            tune.with_resources(
+                tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
+                Shares(trial_resources(study.resources), frozenset(alone)),
+            ),
+            param_space={"trial": tune.grid_search([*tenants, *alone])},
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                max_concurrent_trials=study.resources.concurrent_trials,
+                search_alg=TrialQueue(len(tenants), pool, study.resources.concurrent_trials),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -86,11 +100,6 @@ def run_stage(
 
 def _trial_id(trial: Any) -> str:
     return str(trial.config["trial"])
-
-
-def trial_resources(resources: Resources) -> dict[str, float]:
-    """What Ray reserves for one trial."""
-    return {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
 
 
 def join_ray(address: str | None, resources: Resources, run: Path) -> None:
@@ -125,10 +134,10 @@ def check_fit(resources: Resources, *, waits: bool, console: Console) -> None:
     """
     wanted = trial_resources(resources)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if any(all(node.get(name.upper(), 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
         return
     found = "; ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
-    allowed = f"a node with {wanted['cpu']:g} CPUs and {wanted['gpu']:g} GPUs for one trial (resources)"
+    allowed = f"a node with {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs for one trial (resources)"
     if not waits:
         raise RunError(f"this machine: found {found}, allowed: {allowed}")
     console.print(f"waiting for {allowed}; the cluster has {found}", style="yellow", highlight=False, soft_wrap=True)

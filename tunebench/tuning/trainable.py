@@ -1,53 +1,48 @@
-"""One Tune trial: looks its task up by name and runs it on the `lightning` engine in its own process.
+"""One Tune trial: a tenant of a cohort, or a whole trial of the `lightning` engine in its own process.
 
-Actors are reused, so a process imports NequIP once and then trains trial after trial. Whatever a trial depends on
-is set from its task; the engine leaves no state that the next trial would see.
+Actors are reused. For the `lightning` engine a process imports NequIP once and then trains trial after trial; whatever
+a trial depends on is set from its task, and the engine leaves no state that the next trial would see.
 """
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from tunebench.engine.task import Evaluation, TrialTask
+from tunebench.tuning.tenancy import Handle, rent
+from tunebench.tuning.trial_log import log_to, trial_log
 
-LOGS = "logs"
+if TYPE_CHECKING:
+    from tunebench.engine.task import Evaluation, TrialTask
 
 
-def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask]) -> None:
-    """Tune's function trainable; `config["trial"]` names the task."""
+def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask], pool: Handle | None, run: Path) -> None:
+    """Tune's function trainable; `config["trial"]` names the trial.
+
+    Args:
+        config: Tune's configuration.
+        tasks: trials of the `lightning` engine; all others are tenants.
+        pool: where tenants find their places.
+        run: the run directory.
+    """
+    name = config["trial"]
+    if name in tasks:
+        _train_alone(tasks[name])
+    else:
+        assert pool is not None
+        rent(name, pool, run)
+
+
+def _train_alone(task: TrialTask) -> None:
     from tunebench.engine.lightning import run_trial  # imports torch and NequIP in the trial's process only
 
-    task = tasks[config["trial"]]
-    with log_to(task.run / LOGS / f"{task.key.trial_id}.log"):
+    with log_to(trial_log(task.run, task.key.trial_id)):
         run_trial(task, _report)
 
 
 def _report(evaluation: Evaluation) -> None:
     """Report to Tune, which raises SystemExit here where the scheduler stops the trial."""
     tune.report(evaluation.to_plain())
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Send this process's log, warnings and the traceback of a failure to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        yield
-    except Exception:
-        logging.getLogger(__name__).error("the trial crashed\n%s", traceback.format_exc())
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()

@@ -1,0 +1,257 @@
+"""The cohort engine in a real Ray: what survives which death, and what is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tuning.conftest import COMMAND, STUDY, ended, tunebench, write_study
+from tunebench.study.journal import read_trials
+from tunebench.study.record import CHECKPOINTS, Reason, Stage
+from tunebench.tuning.pool import devices_of
+from tunebench.tuning.trial_log import LOGS
+
+LONG = {**STUDY["workloads"][0], "max_steps": 60}
+GOOD = {Reason.FINISHED, Reason.STOPPED_ASHA}
+COHORT, POOL, TENANT = "CohortActor", "ray::Pool", "ray::ImplicitFunc"
+
+
+class Driver:
+    """A running `tunebench run` and all processes that came of it."""
+
+    def __init__(self, study: Path, run: Path, site: Path, *options: str) -> None:
+        self.run, self._mark = run, f"TUNEBENCH_TEST={uuid.uuid4().hex}"
+        name, value = self._mark.split("=")
+        self.process = subprocess.Popen(
+            [*COMMAND, "run", str(study), "--run", str(run), "--no-report", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, name: value, "PYTHONPATH": str(site)},
+        )
+
+    def processes(self, name: str = "") -> list[int]:
+        """Ids of processes of this run whose title holds a name."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and self._mark.encode() in (folder / "environ").read_bytes():
+                    found += [int(folder.name)] if name.encode() in (folder / "cmdline").read_bytes() else []
+            except OSError:  # it has just ended
+                continue
+        return found
+
+    def wait(self, condition: Callable[[], object], timeout_s: float = 300.0) -> None:
+        """Wait for something to become true while the driver runs."""
+        until = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"the run ended: {self.process.communicate()[0][-2000:]}"
+            assert time.monotonic() < until, "it never came true"
+            time.sleep(0.1)
+
+    def trains(self) -> bool:
+        """Whether some trial has a checkpoint and the stage goes on."""
+        return any((self.run / CHECKPOINTS).glob("*/last.pt"))
+
+    def finish(self, timeout_s: float = 600.0) -> int:
+        """Let it run to its end."""
+        self.process.communicate(timeout=timeout_s)
+        return self.process.returncode
+
+    def end(self) -> None:
+        """Leave no process behind, whatever the test did."""
+        for process in [self.process.pid, *self.processes()]:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Starts the small study, with sections replaced, on the cohort engine."""
+    drivers: list[Driver] = []
+
+    def start(*options: str, **changes: object) -> Driver:
+        content = {
+            "engine": "cohort",
+            "workloads": [LONG],
+            "optimizers": ["adamw"],
+            "resources": {"slots": 4},
+            **changes,
+        }
+        drivers.append(Driver(write_study(tmp_path, **content), tmp_path / "run", tmp_path, *options))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.end()
+
+
+def test_tenants_import_neither_torch_nor_nequip() -> None:
+    script = "import sys, tunebench.tuning.trainable; sys.exit(bool({'torch', 'nequip', 'ase'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+def test_trials_of_a_cohort_that_is_killed_go_on_from_their_checkpoints(start: Callable[..., Driver]) -> None:
+    driver = start()
+    driver.wait(driver.trains)
+    (cohort,) = driver.processes(COHORT)
+    for tenant in driver.processes(TENANT):
+        assert "libtorch" not in Path(f"/proc/{tenant}/maps").read_text()
+    os.kill(cohort, signal.SIGKILL)
+    assert driver.finish() == 0
+    trials = read_trials(driver.run)
+    assert {trial.reason for trial in trials} <= GOOD
+    assert {trial.engine for trial in trials} == {"cohort"}
+    tuned = [trial for trial in trials if trial.key.stage is Stage.TUNE]
+    assert any(trial.ledger["attempts"] == 2 for trial in tuned)
+    crashed = [log for log in (driver.run / LOGS).glob("*.tune.*.log") if "its cohort is gone" in log.read_text()]
+    assert crashed
+
+
+def test_a_tenant_that_is_killed_frees_its_slot_and_comes_back(start: Callable[..., Driver]) -> None:
+    driver = start()
+    driver.wait(driver.trains)
+    os.kill(driver.processes(TENANT)[0], signal.SIGKILL)
+    assert driver.finish() == 0
+    trials = read_trials(driver.run)
+    assert {trial.reason for trial in trials} <= GOOD
+    assert all(trial.ledger["attempts"] <= 2 for trial in trials)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "SIGINT", "SIGTERM"])
+def test_everything_ends_with_the_driver_and_the_run_goes_on(start: Callable[..., Driver], how: signal.Signals) -> None:
+    driver = start()
+    driver.wait(driver.trains)
+    driver.process.send_signal(how)
+    assert driver.process.wait(timeout=120) == (130 if how != signal.SIGKILL else -signal.SIGKILL)
+    until = time.monotonic() + 60.0
+    while driver.processes():
+        titles = [Path(f"/proc/{process}/cmdline").read_bytes() for process in driver.processes()]
+        assert time.monotonic() < until, f"still there: {titles}"
+        time.sleep(0.5)
+    before = ended(driver.run)
+    tunebench("run", driver.run, "--no-report")
+    after = ended(driver.run)
+    assert len(after) == 3 + 2
+    assert {trial.reason for trial in after.values()} <= GOOD
+    assert all(after[name] == trial for name, trial in before.items())
+
+
+def test_two_workloads_share_one_device_one_after_the_other(start: Callable[..., Driver]) -> None:
+    short = {**LONG, "max_steps": 12}
+    other = {**short, "name": "ethanol-nequip", "model": {"family": "nequip", "r_max_angstrom": 4.0}}
+    driver = start(workloads=[short, other], tune={"trials_per_arm": 2, "asha": None}, confirm={"top_k": 1, "seeds": 1})
+    assert driver.finish() == 0
+    trials = read_trials(driver.run)
+    assert [trial.reason for trial in trials] == [Reason.FINISHED] * 6
+    (log,) = (driver.run / LOGS).glob("cohort-*.log")
+    assert log.read_text().count("is open for ethanol-nequip") <= 2
+
+
+def test_a_trial_that_always_kills_its_process_is_crashed_and_takes_no_other_with_it(
+    start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if any('default_worker' in a for a in sys.argv):\n"
+        "    import tunebench.engine.curves as curves\n"
+        "    write = curves.write_curve\n"
+        "    def die(run, trial_id, rows):\n"
+        "        if trial_id.endswith('tune.c001.s0'): os._exit(1)\n"
+        "        write(run, trial_id, rows)\n"
+        "    curves.write_curve = die\n"
+    )
+    short = {**LONG, "max_steps": 12}
+    driver = start(
+        workloads=[short], resources={"max_failures": 1, "slots": 4}, tune={"trials_per_arm": 3, "asha": None}
+    )
+    assert driver.finish() == 0
+    trials = {trial.key.trial_id: trial for trial in read_trials(driver.run)}
+    crashed = trials.pop("ethanol.adamw.tune.c001.s0")
+    assert crashed.reason is Reason.CRASHED
+    assert "its cohort is gone" in crashed.detail["message"]
+    assert {trial.reason for trial in trials.values()} == {Reason.FINISHED}
+
+
+def test_a_workload_that_cannot_be_traced_trains_alone_beside_one_that_can(
+    start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any(a.endswith('tunebench') for a in sys.argv):\n"
+        "    import tunebench.tuning.traceability as traceability\n"
+        "    why = traceability.why_untraceable\n"
+        "    def refuse(task): return 'it draws numbers' if task.workload.name == 'other' else why(task)\n"
+        "    traceability.why_untraceable = refuse\n"
+    )
+    short = {**LONG, "max_steps": 12}
+    one = {"tune": {"trials_per_arm": 1, "asha": None}, "confirm": {"top_k": 1, "seeds": 1}}
+    driver = start(engine="auto", workloads=[{**short, "name": "other"}, short], resources={"slots": 2}, **one)
+    output, _ = driver.process.communicate(timeout=600)
+    assert driver.process.returncode == 0, output
+    said = [line for line in output.splitlines() if "lightning" in line]
+    assert said == ["other: lightning engine, because its model cannot be traced: it draws numbers"]
+    trials = read_trials(driver.run)
+    assert [trial.reason for trial in trials] == [Reason.FINISHED] * 4
+    assert {trial.key.workload: trial.engine for trial in trials} == {"other": "lightning", "ethanol": "cohort"}
+
+    refused = tunebench(
+        "run", write_study(tmp_path, engine="cohort", workloads=[{**short, "name": "other"}]), "--run",
+        tmp_path / "refused", check=False, PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "engine: found cohort, but the model of workload other cannot be traced" in refused.stderr
+
+
+def test_the_pool_covers_all_nodes_and_outlives_one(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster  # reads its environment when it is imported
+
+    small = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        node = cluster.add_node(**small)
+        tune = {"trials_per_arm": 6, "asha": None}
+        driver = start(
+            "--address", cluster.address, resources={"slots": 2}, tune=tune, confirm={"top_k": 1, "seeds": 1}
+        )
+        driver.wait(lambda: len(list((driver.run / CHECKPOINTS).glob("*/last.pt"))) >= 3)  # one has two slots
+        cluster.remove_node(node, allow_graceful=False)
+        assert driver.finish() == 0
+    finally:
+        cluster.shutdown()
+    trials = read_trials(driver.run)
+    assert [trial.reason for trial in trials] == [Reason.FINISHED] * 7
+    assert {trial.ledger["attempts"] for trial in trials} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("resources", "kind", "expected"),
+    [
+        ({"CPU": 8.0, "GPU": 2.0}, "cuda", [(1, 1, 4), (1, 1, 4)]),
+        ({"CPU": 1.0, "GPU": 2.0}, "cuda", [(0, 1, 1), (0, 1, 1)]),
+        ({"CPU": 8.0}, "cuda", []),
+        ({"CPU": 8.0, "GPU": 2.0}, "cpu", [(8, 0, 8)]),
+        ({"memory": 1e9}, "cpu", []),
+    ],
+)
+def test_devices_are_gpus_or_the_cores_of_a_node(
+    resources: dict[str, float], kind: str, expected: list[tuple[int, int, int]]
+) -> None:
+    found = devices_of("node", resources, kind)
+    assert [(device.cpus, device.gpus, device.threads) for device in found] == expected
+    assert len(set(found)) == len(found)

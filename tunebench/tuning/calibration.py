@@ -1,0 +1,81 @@
+"""`tunebench calibrate`: the solo step times of a run's arms, measured while nobody else works on the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tunebench.study.errors import RunError
+from tunebench.study.journal import read_trials
+from tunebench.study.record import JOURNAL, TrialRecord
+from tunebench.study.resolve import ResolvedStudy, load_run, resolve
+from tunebench.study.step_times import LARGEST_SPREAD, UNSTEADY, Calibration, write_calibration
+from tunebench.tuning.preparation import prepare_workloads
+from tunebench.tuning.run_folder import check_data, default_run_folder, held_run
+from tunebench.workloads.data import cache_folder
+
+GRAPHS = "graphs"
+"""Folder of traces and compiled graphs in the cache, which cohorts share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """How to measure.
+
+    Attributes:
+        run: the run directory; None for that of the study, as `tunebench run` would name it.
+        rounds: times that every step is measured.
+        seconds: what one measurement takes at least.
+    """
+
+    run: Path | None = None
+    rounds: int = 5
+    seconds: float = 0.5
+
+
+def calibrate_run(source: Path, options: CalibrateOptions, console: Console) -> tuple[Path, Calibration]:
+    """Measure and write RUN/calibration.json in place of an earlier one; returns its path and content.
+
+    Args:
+        source: a run directory or a study file.
+        options: how to measure.
+        console: takes progress and what failed, a line each.
+
+    Raises:
+        StudyError: the study is not valid, or asks for a GPU where there is none.
+        RunError: the directory belongs to another study or other data, a driver works on it, or nothing could be
+            measured, which leaves an earlier table as it is.
+    """
+    resolved, run = _found(source, options.run)
+    with held_run(resolved, run):
+        data = prepare_workloads(resolved, console)
+        check_data(run, data)
+        from tunebench.engine.solo import SoloPlan, solo_steps  # imports torch and NequIP
+
+        plan = SoloPlan(rounds=options.rounds, seconds=options.seconds, cache=cache_folder() / GRAPHS)
+        table = solo_steps(resolved, data, _trials(run), plan, lambda line: _say(console, line))
+        if not table.steps:
+            raise RunError(
+                f"{run}: found no step that could be measured, allowed: at least one; the lines above say why"
+            )
+        unsteady = sum(step.spread > LARGEST_SPREAD for step in table.steps)
+        if unsteady:
+            _say(console, f"warning: {unsteady} of {len(table.steps)} entries {UNSTEADY}")
+        return write_calibration(run, table), table
+
+
+def _found(source: Path, run: Path | None) -> tuple[ResolvedStudy, Path]:
+    if source.is_dir():
+        return load_run(source), run or source
+    resolved = resolve(source)
+    return resolved, run or default_run_folder(resolved, Path("runs"))
+
+
+def _trials(run: Path) -> list[TrialRecord]:
+    return read_trials(run) if (run / JOURNAL).is_file() else []
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

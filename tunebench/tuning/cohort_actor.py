@@ -1,0 +1,180 @@
+"""A cohort on its device as a Ray actor: trials join, wait for their reports, and go on or leave.
+
+The cohort itself runs in a thread (`CohortLoop`); the actor's event loop only hands orders in and reports out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+
+from tunebench.engine.task import TrialTask
+from tunebench.study.record import Reason
+from tunebench.tuning.tenancy import Handle
+from tunebench.tuning.trial_log import log_to
+from tunebench.workloads.data import cache_folder
+
+if TYPE_CHECKING:
+    from tunebench.tuning.cohort_loop import Breakdown, Report
+
+log = logging.getLogger(__name__)
+
+_LOOK_AFTER_TENANTS_S = 2.0
+_GRAPHS = "graphs"
+
+
+class Refused(Exception):
+    """A trial or a workload that cannot be trained; the message is one line."""
+
+
+@dataclass
+class _Lodger:
+    """A trial that is in, or whose last reports are still to be fetched."""
+
+    reports: asyncio.Queue[dict[str, Any] | Refused]
+    watch: asyncio.Task[None] | None = None
+
+
+class CohortActor:
+    """One device. Its methods run in one event loop, side by side.
+
+    Args:
+        number: its name in the pool.
+        pool: is told when a trial has left and when the cohort has broken.
+        threads: of the device's CPU work.
+        log_file: for what belongs to no single trial.
+    """
+
+    def __init__(self, number: int, pool: Handle, threads: int, log_file: Path) -> None:
+        from tunebench.tuning.cohort_loop import CohortLoop  # imports torch and NequIP, in this process only
+
+        self._number, self._pool = number, pool
+        self._lodgers: dict[str, _Lodger] = {}
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._keeps_log = log_to(log_file)
+        self._keeps_log.__enter__()
+        self._cohort = CohortLoop(report=self._pass_on, resized=self._resized, broke=self._broke, threads=threads)
+        self._cohort.start()
+
+    async def open(self, task: TrialTask, slots: int | None, most: int) -> int:
+        """Train another workload from now on, with so many slots or as many as pay, but not more than `most`.
+
+        Returns:
+            The number of slots.
+
+        Raises:
+            Refused: the workload cannot be trained.
+        """
+        self._events = asyncio.get_running_loop()
+        opened: int = await self._ordered(self._cohort.open, task, slots, most, cache_folder() / _GRAPHS)
+        log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
+        return opened
+
+    async def expect(self, trials: int) -> None:
+        """So many trials of the workload are still to come."""
+        self._cohort.submit(self._cohort.expect, trials)
+
+    async def join(self, task: TrialTask, tenant: Handle) -> None:
+        """Let a trial in; it is watched, and leaves if its tenant dies.
+
+        Raises:
+            Refused: the trial cannot be trained.
+        """
+        name = task.key.trial_id
+        self._lodgers[name] = _Lodger(asyncio.Queue())
+        try:
+            await self._ordered(self._cohort.join, task)
+        except Refused:
+            del self._lodgers[name]
+            raise
+        self._lodgers[name].watch = asyncio.create_task(self._watch(name, tenant))
+
+    async def next_report(self, name: str) -> dict[str, Any]:
+        """The next report of a trial, as soon as there is one.
+
+        Raises:
+            KeyError: the trial is not in.
+            Refused: it cannot be trained.
+        """
+        lodger = self._lodgers[name]
+        report = await lodger.reports.get()
+        if isinstance(report, Refused):
+            raise report
+        if report["evaluation"]["outcome"] is not None:
+            self._dismiss(name, lodger)
+        return report
+
+    async def go_on(self, name: str) -> None:
+        """A trial that waits for a decision goes on."""
+        try:
+            await self._ordered(self._cohort.go_on, name)
+        except Refused as error:
+            if name in self._lodgers:
+                self._lodgers[name].reports.put_nowait(error)
+
+    async def leave(self, name: str, reason: str | None) -> None:
+        """A trial leaves its slot, if it is in."""
+        lodger = self._lodgers.get(name)
+        was_in = await self._ordered(self._cohort.leave, name, None if reason is None else Reason(reason))
+        if lodger is not None:
+            self._dismiss(name, lodger)
+        if was_in:
+            await self._pool.left.remote(self._number, name)
+
+    async def lives(self) -> None:
+        """Never returns: who waits for it learns of the actor's death."""
+        await asyncio.Event().wait()
+
+    async def _watch(self, name: str, tenant: Handle) -> None:
+        """Free the slot of a trial whose tenant has died."""
+        try:
+            while True:
+                await tenant.__ray_ready__.remote()  # waits while the tenant works, and fails when it has died
+                await asyncio.sleep(_LOOK_AFTER_TENANTS_S)
+        except RayActorError:
+            log.warning("%s: its tenant has died, it leaves", name)
+        self._lodgers[name].watch = None
+        await self.leave(name, None)
+
+    def _dismiss(self, name: str, lodger: _Lodger) -> None:
+        if lodger.watch is not None:
+            lodger.watch.cancel()
+        if self._lodgers.get(name) is lodger:
+            del self._lodgers[name]
+
+    async def _ordered(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Have something done by the cohort's thread; what breaks the cohort never comes back."""
+        try:
+            return await asyncio.wrap_future(self._cohort.submit(work, *arguments))
+        except Exception as error:
+            log.warning("refused", exc_info=True)
+            raise Refused(" ".join(str(error).split()) or type(error).__name__) from None
+
+    # --- called in the cohort's thread ---------------------------------------------------------------------------
+
+    def _pass_on(self, name: str, report: Report) -> None:
+        plain = {"evaluation": report.evaluation.to_plain(), "decides": report.decides}
+        self._in_events(self._hand_out, name, plain)
+
+    def _resized(self, slots: int) -> None:
+        self._pool.resized.remote(self._number, slots)
+
+    def _broke(self, breakdown: Breakdown) -> None:
+        reports = {name: evaluation.to_plain() for name, evaluation in breakdown.reports.items()}
+        self._pool.broken.remote(self._number, breakdown.message, breakdown.out_of_memory, reports)
+
+    def _in_events(self, call: Any, *arguments: Any) -> None:
+        assert self._events is not None
+        self._events.call_soon_threadsafe(call, *arguments)
+
+    def _hand_out(self, name: str, plain: dict[str, Any]) -> None:
+        if name in self._lodgers:
+            self._lodgers[name].reports.put_nowait(plain)
+        if plain["evaluation"]["outcome"] is not None:  # it has left its slot
+            self._pool.left.remote(self._number, name)

@@ -1,0 +1,384 @@
+"""The pool of cohorts: one per device over the whole cluster, growing and shrinking with it.
+
+The pool is an actor without a share of any device. Tenants (`tunebench.tuning.tenancy`) ask it for a place, and then
+deal with their cohort directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tunebench.engine.task import TrialTask
+from tunebench.tuning.cohort_actor import CohortActor
+from tunebench.tuning.placement import Admit, Placement
+from tunebench.tuning.tenancy import Handle
+from tunebench.tuning.trial_log import log_to
+
+log = logging.getLogger(__name__)
+
+_LOOK_AT_CLUSTER_S = 2.0
+_ASLEEP_S = 5.0  # after this time a device without work goes back, where others wait for devices
+_FAILED_STARTS = 3
+_FATE_S = 60.0
+_CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
+GUESSED_SLOTS = 8
+"""Slots of a cohort that has not said how many it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A GPU, or all cores of a node where trials train on CPUs.
+
+    Attributes:
+        node: Ray's id. index: among the node's devices.
+        cpus: what is reserved. threads: of a cohort's process.
+    """
+
+    node: str
+    index: int
+    cpus: int
+    gpus: int
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """What became of a trial whose cohort is gone.
+
+    Attributes:
+        message: why it is gone.
+        again: the trial may ask for another place, at no cost.
+        report: its last evaluation, where it ended so.
+    """
+
+    message: str
+    again: bool = False
+    report: dict[str, Any] | None = None
+
+
+@dataclass
+class _Cohort:
+    """A cohort's actor on its device."""
+
+    device: Device
+    actor: Handle
+    opened: bool = False
+    asleep_since: float = math.inf
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a cohort ended."""
+
+    message: str
+    again: bool = False
+    reports: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class _Applicant:
+    """A tenant that waits for a place."""
+
+    tenant: Handle
+    place: asyncio.Future[tuple[int, Handle]]
+
+
+class Pool:
+    """Gives places in cohorts to trials, and devices to cohorts.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        slots: of a cohort; None measures how many pay.
+        most: trials that may be in at once, everywhere.
+        max_failures: how often a trial is started again.
+        logs: folder of the run's logs.
+    """
+
+    def __init__(self, device: str, slots: int | None, most: int | None, max_failures: int, logs: Path) -> None:
+        self._device, self._slots, self._most, self._logs = device, slots, most, logs
+        self._max_failures = max_failures
+        self._losses: Counter[str] = Counter()
+        self._placement = Placement()
+        self._tasks: dict[str, TrialTask] = {}
+        self._applicants: dict[str, _Applicant] = {}
+        self._cohorts: dict[int, _Cohort] = {}
+        self._ends: dict[int, asyncio.Future[_End]] = {}
+        self._sizes: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
+        self._failed_starts: dict[Device, int] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._looks = False
+        self._others_wait = False
+        self._keeps_log = log_to(logs / "pool.log")
+        self._keeps_log.__enter__()
+
+    # --- for the driver --------------------------------------------------------------------------------------------
+
+    async def plan(self, tasks: Mapping[str, TrialTask], others_wait: bool) -> None:
+        """A stage begins: these trials will ask for places, and others may wait for the devices."""
+        self._tasks, self._others_wait = dict(tasks), others_wait
+        self._placement.plan((name, task.workload.name) for name, task in tasks.items())
+        if not self._looks:
+            self._looks = True
+            self._later(self._look_at_cluster())
+        self._grow()
+
+    async def capacity(self) -> int:
+        """Trials that can be in at once, on all devices of the cluster; at least 1."""
+        sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
+        return max(len(self._usable_devices()), 1) * max(sizes, default=GUESSED_SLOTS)
+
+    # --- for tenants -----------------------------------------------------------------------------------------------
+
+    async def place(self, trial: str, tenant: Handle) -> tuple[int, Handle]:
+        """A place for a trial, as soon as there is one: the cohort's number and actor.
+
+        Raises:
+            RuntimeError: the trial is refused, or no device is left; one line.
+        """
+        await self._clear_out(trial)
+        applicant = _Applicant(tenant, asyncio.get_running_loop().create_future())
+        self._applicants[trial] = applicant
+        self._wait(trial)
+        self._grow()
+        self._move()
+        return await applicant.place
+
+    async def fate(self, cohort: int, trial: str) -> Fate:
+        """Why a trial's cohort is gone, and what the trial is to do."""
+        try:
+            end = await asyncio.wait_for(asyncio.shield(self._ends[cohort]), _FATE_S)
+        except TimeoutError:
+            end = _End("its cohort cannot be reached")
+        report = end.reports.get(trial)
+        return Fate(message=end.message, again=end.again and report is None, report=report)
+
+    # --- for cohorts -----------------------------------------------------------------------------------------------
+
+    async def left(self, cohort: int, trial: str) -> None:
+        """A trial has left its slot."""
+        if self._placement.place_of(trial) == cohort:
+            self._placement.leave(trial)
+        self._move()
+
+    async def resized(self, cohort: int, slots: int) -> None:
+        """A cohort goes on with fewer slots, because memory was too small for all."""
+        workload = self._placement.workload_of(cohort)
+        if workload is not None:
+            self._sizes[workload] = self._limits[workload] = slots
+            self._placement.ready(cohort, slots)
+
+    async def broken(self, cohort: int, message: str, out_of_memory: bool, reports: dict[str, dict[str, Any]]) -> None:
+        """A cohort has broken; where its memory was too small, the next ones of its workload have half the slots."""
+        workload = self._placement.workload_of(cohort)
+        if out_of_memory and workload is not None:
+            self._limits[workload] = max(self._size(workload) // 2, 1)
+            log.warning("%s: out of memory, %d slots from now on", workload, self._limits[workload])
+        self._lose(cohort, _End(message, again=out_of_memory, reports=reports))
+
+    # --- devices -----------------------------------------------------------------------------------------------------
+
+    async def _look_at_cluster(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_AT_CLUSTER_S)
+            self._grow()
+            self._give_back()
+            self._move()
+
+    def _usable_devices(self) -> list[Device]:
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        found = [device for node in nodes for device in devices_of(node["NodeID"], node["Resources"], self._device)]
+        return [device for device in found if self._failed_starts.get(device, 0) < _FAILED_STARTS]
+
+    def _grow(self) -> None:
+        """Start cohorts on devices without one, as long as there are trials for them."""
+        usable, taken = self._usable_devices(), {cohort.device for cohort in self._cohorts.values()}
+        for device in usable:
+            if device not in taken and self._placement.coming() > self._idle():
+                self._start(device)
+        if not usable and any(count >= _FAILED_STARTS for count in self._failed_starts.values()):
+            for trial in self._placement.waiting():
+                self._refuse(trial, "no device is left on which a cohort starts; logs/pool.log says why")
+
+    def _idle(self) -> int:
+        """Cohorts that start, are made ready or have no trials."""
+        return sum(not self._placement.trials_of(number) for number in self._cohorts)
+
+    def _start(self, device: Device) -> None:
+        number = len(self._ends)
+        self._ends[number] = asyncio.get_running_loop().create_future()
+        options = {
+            "num_cpus": device.cpus,
+            "num_gpus": device.gpus,
+            "max_concurrency": _CALLS_AT_ONCE,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=device.node, soft=False),
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(device.threads)}},
+        }
+        this = ray.get_runtime_context().current_actor
+        log_file = self._logs / f"cohort-{number}.log"
+        actor_class: Any = ray.remote(CohortActor)
+        actor = actor_class.options(**options).remote(number, this, device.threads, log_file)
+        self._cohorts[number] = _Cohort(device, actor)
+        self._later(self._tend(number, actor))
+
+    async def _tend(self, number: int, actor: Handle) -> None:
+        """Take a cohort in when it has started, and out when it has died."""
+        try:
+            await actor.__ray_ready__.remote()
+            self._placement.add(number)
+            self._move()
+            await actor.lives.remote()
+        except Exception as error:  # dead, or its start failed, or it can never be scheduled
+            self._lose(number, _End(_one_line(error)))
+
+    def _give_back(self) -> None:
+        """End cohorts that have nothing to do, where others wait for devices."""
+        now, asleep = time.monotonic(), self._placement.asleep()
+        for number, cohort in list(self._cohorts.items()):
+            cohort.asleep_since = min(cohort.asleep_since, now) if number in asleep else math.inf
+            if self._others_wait and not self._placement.coming() and now - cohort.asleep_since > _ASLEEP_S:
+                self._lose(number, _End("it had nothing to do"))
+
+    def _lose(self, number: int, end: _End) -> None:
+        cohort = self._cohorts.pop(number, None)
+        if cohort is None:
+            return
+        log.warning("cohort %d on node %s ended: %s", number, cohort.device.node, end.message)
+        if not cohort.opened:
+            self._failed_starts[cohort.device] = self._failed_starts.get(cohort.device, 0) + 1
+        for trial in self._placement.remove(number):
+            self._losses[trial] += not end.again
+            if trial in self._applicants:  # it had not got in yet
+                self._wait(trial)
+        self._ends[number].set_result(end)
+        ray.kill(cohort.actor)
+        self._grow()
+        self._move()
+
+    # --- places ------------------------------------------------------------------------------------------------------
+
+    def _move(self) -> None:
+        """Carry out what the placement decides."""
+        for move in self._placement.moves():
+            if isinstance(move, Admit):
+                self._later(self._admit(move.trial, move.cohort))
+            else:
+                self._later(self._open(move.cohort, move.workload))
+
+    def _wait(self, trial: str) -> None:
+        """Let a trial wait; its last attempt is made alone, so that whoever breaks cohorts does so without company."""
+        alone = 0 < self._max_failures <= self._losses[trial]
+        self._placement.wait(trial, self._tasks[trial].workload.name, alone=alone)
+
+    async def _open(self, number: int, workload: str) -> None:
+        actor = self._cohorts[number].actor
+        task = next(task for task in self._tasks.values() if task.workload.name == workload)
+        most = min(max(self._placement.company(workload), 1), self._most or math.inf)
+        try:
+            slots = await actor.open.remote(task, self._known_size(workload), most)
+        except RayActorError:  # `_tend` has seen it too
+            return
+        except RayTaskError as error:
+            self._placement.remove(number)
+            self._placement.add(number)
+            for trial in self._placement.waiting():
+                if self._tasks[trial].workload.name == workload:
+                    self._refuse(trial, _one_line(error))
+            return
+        cohort = self._cohorts.get(number)
+        if cohort is not None:
+            cohort.opened = True
+            self._failed_starts.pop(cohort.device, None)
+            self._sizes[workload] = slots
+            self._placement.ready(number, slots)
+            self._expect(workload)
+            self._move()
+
+    async def _admit(self, trial: str, number: int) -> None:
+        applicant, cohort = self._applicants.get(trial), self._cohorts.get(number)
+        if applicant is None or cohort is None:
+            return
+        try:
+            await cohort.actor.join.remote(self._tasks[trial], applicant.tenant)
+        except RayActorError:  # `_lose` lets it wait again
+            return
+        except RayTaskError as error:
+            self._refuse(trial, _one_line(error))
+            self._move()
+            return
+        if self._applicants.get(trial) is applicant:
+            del self._applicants[trial]
+            applicant.place.set_result((number, cohort.actor))
+        self._expect(self._tasks[trial].workload.name)
+
+    def _expect(self, workload: str) -> None:
+        for number in self._placement.of(workload):
+            self._cohorts[number].actor.expect.remote(self._placement.company(workload))
+
+    def _refuse(self, trial: str, message: str) -> None:
+        self._placement.leave(trial)
+        applicant = self._applicants.pop(trial, None)
+        if applicant is not None and not applicant.place.done():
+            applicant.place.set_exception(RuntimeError(message))
+
+    async def _clear_out(self, trial: str) -> None:
+        """Forget an earlier attempt of a trial whose tenant has vanished."""
+        number = self._placement.place_of(trial)
+        self._refuse(trial, "another attempt of this trial has begun")
+        if number is None or number not in self._cohorts:
+            return
+        try:
+            await self._cohorts[number].actor.leave.remote(trial, None)
+        except RayActorError:
+            return
+
+    def _size(self, workload: str) -> int:
+        return self._known_size(workload) or GUESSED_SLOTS
+
+    def _known_size(self, workload: str) -> int | None:
+        fixed = None if self._slots is None else min(self._slots, self._most or self._slots)
+        limits = (self._sizes.get(workload), fixed, self._limits.get(workload))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the pool failed", exc_info=task.exception())
+
+
+def devices_of(node: str, resources: Mapping[str, float], kind: str) -> list[Device]:
+    """A node's devices: its GPUs where trials train on GPUs, else all its cores as one.
+
+    Args:
+        node: Ray's id of the node.
+        resources: what Ray says the node has.
+        kind: ``cuda`` or ``cpu``.
+    """
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if kind == "cpu":
+        return [Device(node=node, index=0, cpus=cpus, gpus=0, threads=cpus)] if cpus else []
+    share = cpus // gpus if gpus else 0
+    return [Device(node=node, index=index, cpus=min(share, 1), gpus=1, threads=max(share, 1)) for index in range(gpus)]
+
+
+def _one_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return " ".join((lines[0] if isinstance(error, RayActorError) else lines[-1]).split())[:500]

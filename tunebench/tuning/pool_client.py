@@ -1,0 +1,93 @@
+"""The driver's side of the pool of cohorts: what is planned, and how many tenants may come at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.tune.search import BasicVariantGenerator
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tunebench.engine.task import TrialTask
+from tunebench.study.errors import RunStopped
+from tunebench.study.spec import Resources
+from tunebench.tuning.pool import Pool
+from tunebench.tuning.tenancy import Handle
+from tunebench.tuning.trial_log import LOGS
+
+_ASK_EVERY_S = 2.0
+_CALLS_AT_ONCE = 4096
+
+
+class PoolClient:
+    """The pool of one run; its actor starts with the first trials for it and ends with the driver.
+
+    Attributes:
+        actor: the pool; None before there are trials for it.
+    """
+
+    def __init__(self, resources: Resources, run: Path) -> None:
+        self.actor: Handle | None = None
+        self._resources, self._run = resources, run.resolve()
+        self._capacity: int = 1
+        self._asked_at = -_ASK_EVERY_S
+
+    def plan(self, tasks: Mapping[str, TrialTask], *, others_wait: bool) -> None:
+        """A stage begins with these trials of the cohort engine; others may wait for the devices."""
+        if self.actor is None and not tasks:
+            return
+        if self.actor is None:
+            self.actor = self._started()
+        ray.get(self.actor.plan.remote(dict(tasks), others_wait))
+        self._asked_at = -_ASK_EVERY_S
+
+    def capacity(self) -> int:
+        """Trials that can be in slots at once; asks the pool every few seconds.
+
+        Raises:
+            RunStopped: the pool has died; no trial could go on.
+        """
+        now = time.monotonic()
+        if self.actor is not None and now - self._asked_at >= _ASK_EVERY_S:
+            self._asked_at = now
+            try:
+                self._capacity = ray.get(self.actor.capacity.remote())
+            except RayActorError as error:
+                raise RunStopped(f"{self._run}: the pool of cohorts has died; run again to go on") from error
+        return min(self._capacity, self._resources.concurrent_trials or self._capacity)
+
+    def _started(self) -> Handle:
+        resources, logs = self._resources, self._run / LOGS
+        slots = resources.slots if isinstance(resources.slots, int) else None
+        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
+        actor_class: Any = ray.remote(Pool)
+        return actor_class.options(**options).remote(
+            resources.device, slots, resources.concurrent_trials, resources.max_failures, logs
+        )
+
+
+class TrialQueue(BasicVariantGenerator):
+    """Hands trials to Tune in the order of its grid: first as many tenants as there are slots, then the others.
+
+    The number of slots changes with the cluster. Without a bound on the others Ray's resources are theirs.
+    """
+
+    def __init__(self, tenants: int, pool: PoolClient, others: int | None) -> None:
+        super().__init__()
+        self._tenants_left, self._pool, self._others = tenants, pool, others or 0
+
+    def next_trial(self) -> Any:
+        """The next trial, or None while its kind has no room."""
+        self.max_concurrent = self._pool.capacity() if self._tenants_left else self._others
+        trial = super().next_trial()  # type: ignore[no-untyped-call]
+        if trial is not None and self._tenants_left:
+            self._tenants_left -= 1
+        return trial
+
+    def save_to_dir(self, dirpath: str, session_str: str) -> None:  # type: ignore[override]
+        """Nothing: a resumed run plans from the journal."""
