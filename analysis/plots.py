@@ -121,7 +121,7 @@ def learning_figure(run: Run, ranking: WorkloadRanking) -> Figure | None:
         by_step.plot(curve.step, MILLI * curve.middle, **style)
         by_time.plot(curve.device_s, MILLI * curve.middle, **style)
     by_step.set_xlabel("optimizer steps")
-    by_time.set_xlabel(f"{time_axis(run, ranking.workload).words} of training (evaluation excluded)")
+    by_time.set_xlabel(f"{time_axis(run, ranking.workload).words}, evaluation excluded")
     by_step.set_ylabel("validation force MAE (meV/Å)")
     for axes in (by_step, by_time):
         _log_y(axes)

@@ -34,7 +34,7 @@ from tunebench.engine.tenant import SlotState
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import Arm, ExtxyzData, Labels, Loss, Model, Objective, Schedule, SplitFrames, Workload
-from tunebench.workloads.data import PreparedData, prepare
+from tunebench.workloads.data import PreparedData, cache_folder, prepare
 from tunebench.workloads.order import batch_order
 
 EXPLODES: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e12}
@@ -96,7 +96,7 @@ class CrystalTrials:
 
 
 def crystal_trials(folder: Path) -> CrystalTrials:
-    """Crystals in a folder of their own, where trials then run."""
+    """Crystals in a folder of their own, where trials then run; traces are shared by all tests of a session."""
     ase.io.write(folder / "crystals.xyz", _crystals(20, seed=1), format="extxyz")
     ase.io.write(folder / "strained.xyz", _crystals(3, seed=2), format="extxyz")
     spec = ExtxyzData(
@@ -105,7 +105,7 @@ def crystal_trials(folder: Path) -> CrystalTrials:
         ood={"strained": str(folder / "strained.xyz")},
         frames=SplitFrames(train=13, val=4, test=3, ood=3),
     )
-    return CrystalTrials(spec, prepare(spec), folder / "runs", folder / "traces")
+    return CrystalTrials(spec, prepare(spec), folder / "runs", cache_folder() / "traces")
 
 
 def _crystals(number: int, seed: int) -> list[Atoms]:
@@ -324,25 +324,21 @@ def test_a_trial_is_the_same_in_every_bit_beside_one_that_explodes_and_one_of_it
 
 
 def test_a_slot_that_diverges_says_so_once_and_its_place_is_taken(trials: CrystalTrials) -> None:
-    exploding, first, second = trials.task(**EXPLODES), trials.task(index=1), trials.task(index=2)
-    cohort = trials.cohort(2)
-    found = run_cohort(cohort, [exploding, first, second])
+    exploding, last_to_join = trials.task(**EXPLODES), trials.task(index=3)
+    cohort = trials.cohort(SLOTS)
+    found = run_cohort(cohort, [exploding, trials.task(index=1), trials.task(index=2), last_to_join])
     (last,) = found[exploding.key.trial_id]
     expected = Reports()
     run_trial(trials.task(**EXPLODES), expected)
     assert (last.step, last.outcome) == (expected[-1].step, Reason.DIVERGED)
     assert last.message.startswith("training loss")
-    assert [report.step for report in found[second.key.trial_id]] == [4, 8]
-    assert cohort.free == 2
+    assert [report.step for report in found[last_to_join.key.trial_id]] == [4, 8]
+    assert cohort.free == SLOTS
     assert load_checkpoint(checkpoint_folder(exploding.run, exploding.key.trial_id)) is None
 
-    undisturbed = trials.task(index=2)
-    assert_same_trial(
-        found[second.key.trial_id],
-        second,
-        run_cohort(trials.cohort(2), [undisturbed])[undisturbed.key.trial_id],
-        undisturbed,
-    )
+    undisturbed = trials.task(index=3)
+    expected_last = run_cohort(trials.cohort(SLOTS), [undisturbed])[undisturbed.key.trial_id]
+    assert_same_trial(found[last_to_join.key.trial_id], last_to_join, expected_last, undisturbed)
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
@@ -352,19 +348,19 @@ def test_a_trial_over_its_time_limit_ends_as_under_lightning(trials: CrystalTria
     expected = Reports()
     run_trial(replace(trials.task(), time_limit_s=1e-6), expected)
     task = replace(trials.task(), time_limit_s=1e-6)
-    (found,) = run_cohort(trials.cohort(2), [task])[task.key.trial_id]
+    (found,) = run_cohort(trials.cohort(SLOTS), [task])[task.key.trial_id]
     assert (found.step, found.outcome) == (4, Reason.TIMED_OUT) == (expected[-1].step, expected[-1].outcome)
     assert found.message.endswith("allowed: 1e-06 s")
 
 
 def test_a_finished_trial_that_joins_again_reports_its_end_and_takes_no_slot(trials: CrystalTrials) -> None:
     task = trials.task()
-    last = run_cohort(trials.cohort(2), [task])[task.key.trial_id][-1]
-    cohort = trials.cohort(2)
+    last = run_cohort(trials.cohort(SLOTS), [task])[task.key.trial_id][-1]
+    cohort = trials.cohort(SLOTS)
     again, expected = cohort.join(task), Reports()
     run_trial(task, expected)
     assert again is not None
-    assert (again.outcome, cohort.free, cohort.advance()) == (Reason.FINISHED, 2, [])
+    assert (again.outcome, cohort.free, cohort.advance()) == (Reason.FINISHED, SLOTS, [])
     assert measured(again) == measured(last) == measured(expected[0])
 
 
@@ -487,16 +483,16 @@ def test_a_trial_that_awaits_a_decision_waits_on_where_memory_takes_its_slot(
     tasks = crowd(trials)
     names = [task.key.trial_id for task in tasks]
     cohort = trials.cohort(4)
-    found = {name: [] for name in names}
+    monkeypatch.setattr(Cohort, "_gradients", when_crowded(cohort, Cohort._gradients, after=4))
+    found: dict[str, list[Evaluation]] = {name: [] for name in names}
     for task in tasks:
         cohort.join(task)
     for name, report in cohort.advance():
         found[name].append(report)
-    monkeypatch.setattr(Cohort, "_gradients", when_crowded(cohort, Cohort._gradients))
     for name in names[2:]:
         cohort.go_on(name)
     reports = cohort.advance()
-    assert (cohort.slots, cohort.free, {name for name, _ in reports}) == (2, -2 + 2, set(names[2:]))
+    assert (cohort.slots, {name for name, _ in reports}) == (2, set(names[2:]))
     for name, report in reports:
         found[name].append(report)
     assert cohort.advance() == []  # both that are left await a decision
@@ -530,7 +526,7 @@ def test_a_batch_that_the_usual_shape_does_not_hold_takes_the_guaranteed_one(
 ) -> None:
     monkeypatch.setattr("tunebench.engine.padding.MISFIT_SHARE", 0.3)
     tasks = [trials.task(index=index, steps=12, evaluation_steps=(6, 12)) for index in (0, 1)]
-    cohort = trials.cohort(2, tasks[0])
+    cohort = trials.cohort(SLOTS, tasks[0])
     usual, guaranteed = cohort.padding.usual, cohort.padding.guaranteed
     assert usual.atoms < guaranteed.atoms
     sizes = cohort_module.resident_frames(task_frames(tasks[0], "train"), 3.3, "cpu").sizes
@@ -554,11 +550,11 @@ def test_lack_of_memory_for_the_guaranteed_shape_leaves_out_no_evaluation_of_tri
     monkeypatch.setattr("tunebench.engine.padding.MISFIT_SHARE", 0.3)
     every = range(1, 13)
     tasks = [trials.task(index=index, steps=12, evaluation_steps=every) for index in (0, 1)]
-    cohort, gradients = trials.cohort(2, tasks[0]), Cohort._gradients
+    cohort, gradients = trials.cohort(SLOTS, tasks[0]), Cohort._gradients
     guaranteed = cohort.padding.guaranteed
 
     def no_room(self: Cohort, function: Any, keys: Any, shape: Any, bucket: int) -> None:
-        if shape == guaranteed and self.slots == 2:
+        if shape == guaranteed and self.slots == SLOTS:
             shortage()
         gradients(self, function, keys, shape, bucket)
 

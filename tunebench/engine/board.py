@@ -73,6 +73,10 @@ class TrialBoard:
         self._writer.add_scalar("train/learning_rate", evaluation.learning_rate, evaluation.step)
         self._writer.flush()
 
+    def suspend(self) -> None:
+        """Close the file of a trial that has not ended; it may go on elsewhere."""
+        self._writer.close()
+
     def close(self, last: Evaluation | None, reason: Reason) -> None:
         """Write the final metric, infinite where the trial diverged, and the session's end."""
         if last is not None:

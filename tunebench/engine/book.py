@@ -104,9 +104,12 @@ class TrialBook:
         )
         return self.last
 
-    def close(self, reason: Reason) -> None:
-        """Close the trial's event file."""
-        self._board.close(self.last, reason)
+    def close(self, reason: Reason | None) -> None:
+        """Close the trial's event file; without a reason the trial has not ended and may go on elsewhere."""
+        if reason is None:
+            self._board.suspend()
+        else:
+            self._board.close(self.last, reason)
 
     def _outcome(self, evaluation: Evaluation) -> tuple[Reason | None, str]:
         raw = evaluation.errors[Split.VAL][Readout.RAW][Metric.OBJECTIVE]

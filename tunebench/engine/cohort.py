@@ -186,8 +186,7 @@ class Cohort:
         if parked is not None:
             self._parked.remove(parked)
         tenant = parked.tenant if parked else self._vacate(name)
-        if reason is not None:
-            tenant.book.close(reason)
+        tenant.book.close(reason)
         if self._parked and len(self._places) < self.slots:
             self._unpark(next((parked for parked in self._parked if not parked.waiting), self._parked[0]))
 

@@ -1,13 +1,13 @@
 """How many trials a cohort should train at once: measured on the device at hand.
 
-Doubling the slots is worth it as long as a step takes clearly less than twice as long. The plain graph is measured, not
-the compiled one: it shows the same knee, needs no compiler and takes more memory, so what fits it fits the other.
+Doubling the slots is worth it as long as a step takes clearly less than twice as long; one doubling that does not pay
+may be noise, two in a row end the measurement. The plain graph is measured, not the compiled one: it shows the same
+knee, needs no compiler and takes more memory, so what fits it fits the other.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ LEAST_GAIN = 1.15
 MEMORY_SHARE = 0.6
 """Share of the device's free memory that the step may take; the rest is for evaluation and for other optimizers."""
 
-_WARM, _TIMED = 3, 5
+_WARM, _TIMED, _REPEATS = 3, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,9 @@ def automatic_slots(task: TrialTask, most: int = 64) -> int:
 
 
 def chosen(measured: list[SlotTiming]) -> int:
-    """The slots whose doubling no longer paid."""
-    for before, after in itertools.pairwise(measured):
-        if after.throughput < LEAST_GAIN * before.throughput:
-            return before.slots
-    return measured[-1].slots
+    """The fewest slots from which a further doubling's gain is left."""
+    best = max(timing.throughput for timing in measured)
+    return next(timing.slots for timing in measured if LEAST_GAIN * timing.throughput > best)
 
 
 def measure_slots(
@@ -109,7 +107,7 @@ def measure_slots(
 
 def _measured_task(task: TrialTask, run: Path) -> TrialTask:
     """The trial in a run directory of its own, with a horizon that no measurement reaches."""
-    steps = (_WARM + _TIMED) * 64
+    steps = (_WARM + _REPEATS * _TIMED) * 64
     workload = task.workload.model_copy(update={"max_steps": steps})
     return replace(task, run=run, workload=workload, evaluation_steps=(steps,))
 
@@ -119,16 +117,17 @@ def _timed(cohort: Cohort, slots: int) -> SlotTiming:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(cohort.device)
     cohort.run(_WARM)
-    began = time.perf_counter()
-    cohort.run(_TIMED)
-    step_s = (time.perf_counter() - began) / _TIMED
-    return SlotTiming(
-        slots=slots, step_s=step_s, memory_bytes=torch.cuda.max_memory_allocated(cohort.device) if on_gpu else 0
-    )
+    times = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        cohort.run(_TIMED)
+        times.append((time.perf_counter() - began) / _TIMED)
+    memory = torch.cuda.max_memory_allocated(cohort.device) if on_gpu else 0
+    return SlotTiming(slots=slots, step_s=min(times), memory_bytes=memory)  # others on the machine only add time
 
 
 def _worth_doubling(measured: list[SlotTiming], device: torch.device) -> bool:
-    if chosen(measured) != measured[-1].slots:
+    if len(measured) > 2 and chosen(measured) <= measured[-3].slots:
         return False
     if device.type != "cuda":
         return True
