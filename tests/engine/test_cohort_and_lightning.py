@@ -20,19 +20,21 @@ from tests.engine.test_cohort import (
     measured,
     run_cohort,
 )
-from tunebench.engine import lightning as lightning_module
 from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder
 from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
+from tunebench.engine.modules import build_module
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.record import Reason, Stage
 from tunebench.study.search_space import available_optimizers
+from tunebench.study.spec import Family
 
 # Most agree to 1e-13 or better. Two engines sum in different orders, and SOAP makes more of that, see below.
 LOSSES, WEIGHTS = 1e-8, {"soap": 1e-4, "soap_muon": 1e-4}
+Mixed = dict[tuple[Family, str], tuple[TrialTask, list[Evaluation]]]
 SETTINGS: dict[str, Any] = {"steps": 24, "evaluation_steps": (2, 12, 24), "stage": Stage.CONFIRM}
-COMPARED = {"nequip": available_optimizers(), "allegro": ("adamw", "schedule_free", "muon", "soap")}
+COMPARED = {Family.NEQUIP: available_optimizers(), Family.ALLEGRO: ("adamw", "schedule_free", "muon", "soap")}
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,9 @@ def well_determined_bases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixed(trials: CrystalTrials) -> dict[tuple[str, str], tuple[TrialTask, list[Evaluation]]]:
+def mixed(trials: CrystalTrials) -> Mixed:
     """Trials of every optimizer after one cohort of each family, with their reports."""
-    found = {}
+    found: Mixed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tunebench.optim.eigenbasis._NULL", {torch.float64: 1e-6, torch.float32: 1e-6})
         for family, optimizers in COMPARED.items():
@@ -84,9 +86,9 @@ def assert_same_weights(found: TrialTask, expected: TrialTask, relative: float) 
 @pytest.mark.parametrize(("family", "optimizer"), [(family, name) for family in COMPARED for name in COMPARED[family]])
 def test_a_cohort_of_all_optimizers_trains_each_as_the_lightning_engine_does(
     trials: CrystalTrials,
-    mixed: dict[tuple[str, str], tuple[TrialTask, list[Evaluation]]],
+    mixed: Mixed,
     well_determined_bases: None,
-    family: str,
+    family: Family,
     optimizer: str,
 ) -> None:
     task, found = mixed[family, optimizer]
@@ -119,11 +121,13 @@ def test_soap_departs_from_the_lightning_engine_by_as_much_as_that_from_itself_a
     expected = lightning(trials.task(optimizer, **settings))
     assert_same_to_rounding(found[:1], expected[:1], 1e-12)  # the first step only sets up the bases
 
-    build, moved = lightning_module.build_module, []
+    moved = []
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         with monkeypatch.context() as patch:
-            patch.setattr(lightning_module, "build_module", lambda *a, g=generator: _by_one_ulp(build(*a), g))
+            patch.setattr(
+                "tunebench.engine.lightning.build_module", lambda *a, g=generator: _by_one_ulp(build_module(*a), g)
+            )
             moved.append(_departure(lightning(trials.task(optimizer, **settings)), expected))
     assert 1e-9 < max(moved) < 1e-4
     assert _departure(found, expected) < 20 * max(moved)
@@ -164,7 +168,7 @@ def test_in_float32_molecules_train_as_under_lightning_to_the_same_precision(
 
 MOVED = ("adamw", "schedule_free", "muon", "soap_muon")
 MOVES: dict[str, Any] = {"steps": 10, "evaluation_steps": (4, 10)}
-MOVES_SOAP = {"precondition_frequency": 3}
+MOVES_SOAP: dict[str, Any] = {"precondition_frequency": 3}
 
 
 def moving(trials: CrystalTrials, optimizer: str) -> TrialTask:
@@ -233,12 +237,14 @@ def test_a_trial_of_a_cohort_that_died_goes_on_from_its_last_evaluation_bit_for_
     assert_same_trial(last, task, expected[1:], whole)
 
 
-@pytest.mark.parametrize(("family", "optimizer"), [*(("nequip", name) for name in MOVED), ("allegro", "adamw")])
+@pytest.mark.parametrize(
+    ("family", "optimizer"), [*((Family.NEQUIP, name) for name in MOVED), (Family.ALLEGRO, "adamw")]
+)
 def test_a_checkpoint_of_either_engine_goes_on_in_the_other(
-    trials: CrystalTrials, well_determined_bases: None, family: str, optimizer: str
+    trials: CrystalTrials, well_determined_bases: None, family: Family, optimizer: str
 ) -> None:
-    settings = {**MOVES, "family": family, **(MOVES_SOAP if "soap" in optimizer else {})}
-    slots = 3 if family == "nequip" else len(COMPARED["allegro"])
+    settings: dict[str, Any] = {**MOVES, "family": family, **(MOVES_SOAP if "soap" in optimizer else {})}
+    slots = 3 if family is Family.NEQUIP else len(COMPARED[family])
     whole = trials.task(optimizer, **settings)
     expected = lightning(whole)
 
@@ -267,15 +273,17 @@ def test_a_checkpoint_of_either_engine_goes_on_in_the_other(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free"])
 def test_the_final_checkpoint_of_a_cohort_opens_with_nequips_own_tools_and_holds_the_averaged_weights(
-    mixed: dict[tuple[str, str], tuple[TrialTask, list[Evaluation]]], optimizer: str
+    mixed: Mixed, optimizer: str
 ) -> None:
     from nequip.model import ModelFromCheckpoint
 
-    task, reports = mixed["nequip", optimizer]
+    task, reports = mixed[Family.NEQUIP, optimizer]
     assert reports[-1].outcome is Reason.FINISHED
     file = checkpoint_folder(task.run, task.key.trial_id) / FINAL
     model = ModelFromCheckpoint(str(file), compile_mode="eager")["sole_model"]
-    loader = DataLoader(task_frames(task, "test"), batch_size=32, collate_fn=AtomicDataDict.batched_from_list)
+    loader: DataLoader[Any] = DataLoader(
+        task_frames(task, "test"), batch_size=32, collate_fn=AtomicDataDict.batched_from_list
+    )
     errors = split_errors(model, loader, stress=True)
     measured_last = reports[-1].errors["test"]
     assert errors == pytest.approx(measured_last[task.averaged], rel=1e-6)

@@ -240,18 +240,19 @@ def test_the_pool_covers_all_nodes_and_outlives_one(
 
 
 @pytest.mark.parametrize(
-    ("resources", "kind", "expected"),
+    ("resources", "kind", "cpus", "expected"),
     [
-        ({"CPU": 8.0, "GPU": 2.0}, "cuda", [(1, 1, 4), (1, 1, 4)]),
-        ({"CPU": 1.0, "GPU": 2.0}, "cuda", [(0, 1, 1), (0, 1, 1)]),
-        ({"CPU": 8.0}, "cuda", []),
-        ({"CPU": 8.0, "GPU": 2.0}, "cpu", [(8, 0, 8)]),
-        ({"memory": 1e9}, "cpu", []),
+        ({"CPU": 8.0, "GPU": 2.0}, "cuda", 1, [(1, 1, 4), (1, 1, 4)]),
+        ({"CPU": 1.0, "GPU": 2.0}, "cuda", 1, [(0, 1, 1), (0, 1, 1)]),
+        ({"CPU": 8.0}, "cuda", 1, []),
+        ({"CPU": 8.0, "GPU": 2.0}, "cpu", 3, [(3, 0, 3), (3, 0, 3)]),
+        ({"CPU": 2.0}, "cpu", 4, []),
+        ({"memory": 1e9}, "cpu", 1, []),
     ],
 )
-def test_devices_are_gpus_or_the_cores_of_a_node(
-    resources: dict[str, float], kind: str, expected: list[tuple[int, int, int]]
+def test_devices_are_gpus_or_cores(
+    resources: dict[str, float], kind: str, cpus: int, expected: list[tuple[int, int, int]]
 ) -> None:
-    found = devices_of("node", resources, kind)
+    found = devices_of("node", resources, kind, cpus)
     assert [(device.cpus, device.gpus, device.threads) for device in found] == expected
     assert len(set(found)) == len(found)

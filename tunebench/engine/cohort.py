@@ -99,6 +99,7 @@ class Cohort:
         cache: folder for traces and compiled graphs; None keeps none.
         compiled: compile the step with Inductor where it agrees with the plain graph; None does so where the horizon
             is long enough to pay for it.
+        exact: compute no more rows than the power of two that covers the trials, for timing.
 
     Attributes:
         padding: shapes of the training batches and what they waste.
@@ -108,12 +109,20 @@ class Cohort:
         WorkloadError: the data or the model's arguments are refused.
     """
 
-    def __init__(self, task: TrialTask, slots: int, *, cache: Path | None = None, compiled: bool | None = None) -> None:
+    def __init__(
+        self,
+        task: TrialTask,
+        slots: int,
+        *,
+        cache: Path | None = None,
+        compiled: bool | None = None,
+        exact: bool = False,
+    ) -> None:
         set_global_state()
         torch.backends.cuda.matmul.allow_tf32 = False  # batched products would be off by 1e-2
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
-        self._task, self._cache = task, cache
+        self._task, self._cache, self._exact = task, cache, exact
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
         self._places: dict[str, _Place] = {}
@@ -385,6 +394,8 @@ class Cohort:
         """Rows that a step computes: all, or a quarter, a sixteenth, ... where few trials are left."""
         bucket, trials = self.slots, len(self._places)
         left = max(self.workload.max_steps - place.step for place in self._places.values())
+        if self._exact:
+            return min(bucket, 1 << (trials - 1).bit_length())
         if self._compiled and left < _SHRUNK_FROM:
             return bucket
         while bucket >= 4 and bucket // 4 >= trials:

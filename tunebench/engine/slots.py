@@ -85,7 +85,7 @@ def measure_slots(
     Raises:
         torch.OutOfMemoryError: not even one slot fits.
     """
-    cohort = Cohort(task, 1 << (most.bit_length() - 1), compiled=False)
+    cohort = Cohort(task, 1 << (most.bit_length() - 1), compiled=False, exact=True)
     measured: list[SlotTiming] = []
     try:
         while not measured or (2 * measured[-1].slots <= cohort.slots and go_on(measured, cohort.device)):

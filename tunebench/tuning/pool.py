@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
+from tunebench.study.spec import Resources
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.placement import Admit, Placement
 from tunebench.tuning.tenancy import Handle
@@ -33,13 +34,12 @@ _ASLEEP_S = 5.0  # after this time a device without work goes back, where others
 _FAILED_STARTS = 3
 _FATE_S = 60.0
 _CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
-GUESSED_SLOTS = 8
-"""Slots of a cohort that has not said how many it has."""
+_GUESSED_SLOTS = {"cpu": 4, "cuda": 32}  # of a cohort that has not said how many it has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A GPU, or all cores of a node where trials train on CPUs.
+    """A GPU, or some cores of a node where trials train on CPUs.
 
     Attributes:
         node: Ray's id. index: among the node's devices.
@@ -99,16 +99,13 @@ class Pool:
     """Gives places in cohorts to trials, and devices to cohorts.
 
     Args:
-        device: ``cuda`` or ``cpu``.
-        slots: of a cohort; None measures how many pay.
-        most: trials that may be in at once, everywhere.
-        max_failures: how often a trial is started again.
+        resources: what the study says of devices, slots and failures.
         logs: folder of the run's logs.
     """
 
-    def __init__(self, device: str, slots: int | None, most: int | None, max_failures: int, logs: Path) -> None:
-        self._device, self._slots, self._most, self._logs = device, slots, most, logs
-        self._max_failures = max_failures
+    def __init__(self, resources: Resources, logs: Path) -> None:
+        self._resources, self._logs = resources, logs
+        self._slots = resources.slots if isinstance(resources.slots, int) else None
         self._losses: Counter[str] = Counter()
         self._placement = Placement()
         self._tasks: dict[str, TrialTask] = {}
@@ -138,7 +135,7 @@ class Pool:
     async def capacity(self) -> int:
         """Trials that can be in at once, on all devices of the cluster; at least 1."""
         sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
-        return max(len(self._usable_devices()), 1) * max(sizes, default=GUESSED_SLOTS)
+        return max(len(self._usable_devices()), 1) * max(sizes, default=1)
 
     # --- for tenants -----------------------------------------------------------------------------------------------
 
@@ -199,8 +196,11 @@ class Pool:
 
     def _usable_devices(self) -> list[Device]:
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        found = [device for node in nodes for device in devices_of(node["NodeID"], node["Resources"], self._device)]
+        found = [device for node in nodes for device in self._devices_of(node)]
         return [device for device in found if self._failed_starts.get(device, 0) < _FAILED_STARTS]
+
+    def _devices_of(self, node: Mapping[str, Any]) -> list[Device]:
+        return devices_of(node["NodeID"], node["Resources"], self._resources.device, self._resources.threads)
 
     def _grow(self) -> None:
         """Start cohorts on devices without one, as long as there are trials for them."""
@@ -279,13 +279,13 @@ class Pool:
 
     def _wait(self, trial: str) -> None:
         """Let a trial wait; its last attempt is made alone, so that whoever breaks cohorts does so without company."""
-        alone = 0 < self._max_failures <= self._losses[trial]
+        alone = 0 < self._resources.max_failures <= self._losses[trial]
         self._placement.wait(trial, self._tasks[trial].workload.name, alone=alone)
 
     async def _open(self, number: int, workload: str) -> None:
         actor = self._cohorts[number].actor
         task = next(task for task in self._tasks.values() if task.workload.name == workload)
-        most = min(max(self._placement.company(workload), 1), self._most or math.inf)
+        most = min(max(self._placement.company(workload), 1), self._resources.concurrent_trials or math.inf)
         try:
             slots = await actor.open.remote(task, self._known_size(workload), most)
         except RayActorError:  # `_tend` has seen it too
@@ -345,10 +345,10 @@ class Pool:
             return
 
     def _size(self, workload: str) -> int:
-        return self._known_size(workload) or GUESSED_SLOTS
+        return self._known_size(workload) or _GUESSED_SLOTS[self._resources.device]
 
     def _known_size(self, workload: str) -> int | None:
-        fixed = None if self._slots is None else min(self._slots, self._most or self._slots)
+        fixed = None if self._slots is None else min(self._slots, self._resources.concurrent_trials or self._slots)
         limits = (self._sizes.get(workload), fixed, self._limits.get(workload))
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -363,18 +363,22 @@ class Pool:
             log.error("the pool failed", exc_info=task.exception())
 
 
-def devices_of(node: str, resources: Mapping[str, float], kind: str) -> list[Device]:
-    """A node's devices: its GPUs where trials train on GPUs, else all its cores as one.
+def devices_of(node: str, resources: Mapping[str, float], kind: str, cpus: int) -> list[Device]:
+    """A node's devices: its GPUs where trials train on GPUs, else its cores.
+
+    Several cohorts with few cores each do more on a CPU than one with all of them: its operations are small, and the
+    threads that share one wait for each other, the longer the busier the node is.
 
     Args:
         node: Ray's id of the node.
         resources: what Ray says the node has.
         kind: ``cuda`` or ``cpu``.
+        cpus: cores of a cohort that trains on a CPU.
     """
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if kind == "cpu":
-        return [Device(node=node, index=0, cpus=cpus, gpus=0, threads=cpus)] if cpus else []
-    share = cpus // gpus if gpus else 0
+        return [Device(node=node, index=index, cpus=cpus, gpus=0, threads=cpus) for index in range(cores // cpus)]
+    share = cores // gpus if gpus else 0
     return [Device(node=node, index=index, cpus=min(share, 1), gpus=1, threads=max(share, 1)) for index in range(gpus)]
 
 

@@ -61,14 +61,10 @@ class PoolClient:
         return min(self._capacity, self._resources.concurrent_trials or self._capacity)
 
     def _started(self) -> Handle:
-        resources, logs = self._resources, self._run / LOGS
-        slots = resources.slots if isinstance(resources.slots, int) else None
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
         actor_class: Any = ray.remote(Pool)
-        return actor_class.options(**options).remote(
-            resources.device, slots, resources.concurrent_trials, resources.max_failures, logs
-        )
+        return actor_class.options(**options).remote(self._resources, self._run / LOGS)
 
 
 class TrialQueue(BasicVariantGenerator):
