@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,15 +126,15 @@ def test_soap_departs_from_the_lightning_engine_by_as_much_as_that_from_itself_a
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "tunebench.engine.lightning.build_module", lambda *a, g=generator: _by_one_ulp(build_module(*a), g)
-            )
+            patch.setattr("tunebench.engine.lightning.build_module", partial(_perturbed_module, generator))
             moved.append(_departure(lightning(trials.task(optimizer, **settings)), expected))
     assert 1e-9 < max(moved) < 1e-4
     assert _departure(found, expected) < 20 * max(moved)
 
 
-def _by_one_ulp(module: Any, generator: torch.Generator) -> Any:
+def _perturbed_module(generator: torch.Generator, *arguments: Any) -> Any:
+    """NequIP's module with every weight moved to one of its two neighbours in floating point."""
+    module = build_module(*arguments)
     with torch.no_grad():
         for weight in module.model.parameters():
             up = torch.rand(weight.shape, generator=generator, dtype=torch.float64) < 0.5

@@ -257,8 +257,8 @@ class Engine(StrEnum):
 class Resources(Section):
     """What a trial gets, in Ray's units.
 
-    Trials of the `cohort` engine share what a cohort takes: a whole GPU, or where `gpus_per_trial` is 0 as many cores as
-    `cpus_per_trial` says.
+    Trials of the `cohort` engine share what a cohort takes: a whole GPU, or where `gpus_per_trial` is 0 as many cores
+    as `cpus_per_trial` says.
     """
 
     cpus_per_trial: PositiveFloat = Field(default=1.0, description="CPU cores")
