@@ -156,6 +156,15 @@ def test_a_crash_is_closed_with_one_line(driver: Driver, error: Exception | None
     assert record.ledger == {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
 
 
+def test_a_crash_that_tune_has_not_stored_yet_is_read_from_its_own_file(driver: Driver, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\nValueError: the reason\n")
+    trial = driver.trial(key())
+    trial.error_file = str(tmp_path / "error.txt")
+    driver.start(key())
+    driver.recorder.on_trial_error(0, [], trial)
+    assert driver.record(key()).detail == {"message": "ValueError: the reason"}
+
+
 def test_a_long_message_is_cut_and_a_crash_keeps_the_work_it_had_done(driver: Driver) -> None:
     driver.start(key())
     driver.report(key(), evaluation(6, 0.5))

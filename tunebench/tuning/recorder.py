@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -82,7 +83,7 @@ class Recorder(Callback):
         Raises:
             RunStopped: the disk is full; the trial stays open.
         """
-        error = trial.get_error()
+        error = trial.get_error() or _error_beside_tune(trial)
         cause = getattr(error, "cause", None) or error or "the trial's process died"
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
@@ -105,6 +106,12 @@ class Recorder(Callback):
 
     def _key(self, trial: Trial) -> TrialKey:
         return self._keys[trial.config["trial"]]
+
+
+def _error_beside_tune(trial: Trial) -> str | None:
+    """The error as Tune keeps it on this machine; `get_error` reads a copy that may be ten seconds behind."""
+    file = getattr(trial, "error_file", None)
+    return Path(file).read_text(encoding="utf-8") if file and Path(file).is_file() else None
 
 
 def _detail(decision: Decision) -> dict[str, Any]:
