@@ -28,6 +28,7 @@ from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.padding import BatchShape, fits
 from tunebench.engine.resident import resident_frames
+from tunebench.engine.slot_evaluation import SlotEvaluation
 from tunebench.engine.slot_group import SlotGroup
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
 from tunebench.engine.tenant import SlotState
@@ -503,15 +504,15 @@ def test_lack_of_memory_in_an_evaluation_measures_fewer_slots_at_once(
     trials: CrystalTrials, uncrowded: list[list[Evaluation]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_at_once: list[int] = []
-    original = Cohort._sums
+    original = SlotEvaluation._sums
 
-    def sums(cohort: Cohort, places: list[Any], *arguments: Any) -> torch.Tensor:
+    def sums(evaluation: SlotEvaluation, places: list[Any], *arguments: Any) -> torch.Tensor:
         measured_at_once.append(len(places))
         if len(places) > 1:
             shortage()
-        return original(cohort, places, *arguments)
+        return original(evaluation, places, *arguments)
 
-    monkeypatch.setattr(Cohort, "_sums", sums)
+    monkeypatch.setattr(SlotEvaluation, "_sums", sums)
     cohort = trials.cohort(4)
     assert_crowd_finishes(trials, uncrowded, cohort, crowd(trials))
     assert cohort.slots == 4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch.func import grad, vmap
 from tests.engine.test_functional import batches, build, perturbed
 from tunebench.engine import fused
 from tunebench.engine.functional import FunctionalModel, functional_model
-from tunebench.engine.fused import Disagreement, Evaluate, Fused, LossGradient, Unfused, agrees, fuse, unfuse
+from tunebench.engine.fused import Disagreement, Evaluate, Fused, LossGradient, Unfused, agrees, faster, fuse, unfuse
 from tunebench.engine.loss import LossWeights, weighted_loss
 from tunebench.optim.matrix_view import trainable_parameters
 
@@ -276,3 +277,29 @@ def test_a_value_that_is_finite_in_one_form_only_is_a_difference(value):
     for one, other in ((finite, broken), (broken, finite)):
         with pytest.raises(Disagreement):
             agrees(lambda one=one: one, lambda other=other: other, (), 1e9)
+
+
+@pytest.mark.parametrize("slow", ["compiled", "plain"])
+def test_the_faster_form_is_used_and_the_slower_one_named(slow):
+    inputs = quadratic_inputs()
+    both = fuse(Quadratic(), inputs)
+    assert isinstance(both, Fused)
+
+    @dataclass(frozen=True)
+    class Late:
+        form: Any
+
+        def __call__(self, *arguments):
+            time.sleep(0.02)
+            return self.form(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.form, name)
+
+    if slow == "compiled":
+        found = faster(replace(both, compiled=Late(both.compiled)), inputs)
+        assert isinstance(found, Unfused)
+        assert found.reason.startswith("not compiled, which takes 2")
+    else:
+        found = faster(replace(both, unfused=replace(both.unfused, source=Late(both.unfused.source))), inputs)
+        assert isinstance(found, Fused)

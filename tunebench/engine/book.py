@@ -127,13 +127,4 @@ def _evaluation_before(checkpoint: dict[str, Any] | None) -> Evaluation:
     """What the checkpoint had measured; step 0 where there is none."""
     if checkpoint:
         return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    return Evaluation(
-        step=0,
-        objective=math.inf,
-        errors={},
-        wall_s=0.0,
-        device_s=0.0,
-        train_loss=math.nan,
-        learning_rate=math.nan,
-        attempts=0,
-    )
+    return Evaluation.without_steps(attempts=0)

@@ -7,6 +7,12 @@ from collections.abc import Callable
 import torch
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Replayed:
     """A computation that is captured at its second call and replayed from then on; on the CPU it is only called.
 

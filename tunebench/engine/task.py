@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -94,6 +95,22 @@ class Evaluation:
     outcome: Reason | None = None
     message: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def without_steps(cls, *, attempts: int, outcome: Reason | None = None, message: str = "") -> Evaluation:
+        """What is known of a trial before its first step; as an objective it has the worst, ``inf``."""
+        return cls(
+            step=0,
+            objective=math.inf,
+            errors={},
+            wall_s=0.0,
+            device_s=0.0,
+            train_loss=math.nan,
+            learning_rate=math.nan,
+            attempts=attempts,
+            outcome=outcome,
+            message=message,
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only."""

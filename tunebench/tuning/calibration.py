@@ -14,9 +14,8 @@ from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.step_times import LARGEST_SPREAD, UNSTEADY, Calibration, write_calibration
 from tunebench.tuning.preparation import prepare_workloads
 from tunebench.tuning.run_folder import check_data, default_run_folder, held_run
-from tunebench.workloads.data import cache_folder
+from tunebench.workloads.data import graphs_folder
 
-GRAPHS = "graphs"
 """Folder of traces and compiled graphs in the cache, which cohorts share."""
 
 
@@ -54,7 +53,7 @@ def calibrate_run(source: Path, options: CalibrateOptions, console: Console) -> 
         check_data(run, data)
         from tunebench.engine.solo import SoloPlan, solo_steps  # imports torch and NequIP
 
-        plan = SoloPlan(rounds=options.rounds, seconds=options.seconds, cache=cache_folder() / GRAPHS)
+        plan = SoloPlan(rounds=options.rounds, seconds=options.seconds, cache=graphs_folder())
         table = solo_steps(resolved, data, _trials(run), plan, lambda line: _say(console, line))
         if not table.steps:
             raise RunError(

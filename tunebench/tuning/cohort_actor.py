@@ -18,7 +18,7 @@ from tunebench.engine.task import TrialTask
 from tunebench.study.record import Reason
 from tunebench.tuning.tenancy import Handle
 from tunebench.tuning.trial_log import log_to
-from tunebench.workloads.data import cache_folder
+from tunebench.workloads.data import graphs_folder
 
 if TYPE_CHECKING:
     from tunebench.tuning.cohort_loop import Breakdown, Report
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_AFTER_TENANTS_S = 2.0
-_GRAPHS = "graphs"
 
 
 class Refused(Exception):
@@ -72,7 +71,7 @@ class CohortActor:
             Refused: the workload cannot be trained.
         """
         self._events = asyncio.get_running_loop()
-        opened: int = await self._ordered(self._cohort.open, task, slots, most, cache_folder() / _GRAPHS)
+        opened: int = await self._ordered(self._cohort.open, task, slots, most, graphs_folder())
         log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
         return opened
 

@@ -66,8 +66,16 @@ class Breakdown:
     reports: dict[str, Evaluation]
 
 
+class _Ended(BaseException):
+    """The thread was told to end."""
+
+
+def _end() -> None:
+    raise _Ended
+
+
 class CohortLoop:
-    """A cohort in a thread of its own. All methods but `submit` and `start` are called in that thread, by `submit`.
+    """A cohort in a thread of its own, in which all methods but `submit`, `start` and `end` are called, by `submit`.
 
     Args:
         report: takes each report, in the thread.
@@ -96,10 +104,16 @@ class CohortLoop:
         self._coming = 0
         self._stretch_s: float | None = None
         self._joined_at = -math.inf
+        self._thread = threading.Thread(target=self._run, name="cohort", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it ends with its process or by a breakdown."""
-        threading.Thread(target=self._run, name="cohort", daemon=True).start()
+        """Start the thread; it ends with `end`, with its process or by a breakdown."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """End the thread between two stretches, and wait for that; trials that are in keep their checkpoints."""
+        self._work.put(_end)
+        self._thread.join()
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Have something done in the thread between two stretches; where that breaks the cohort nothing comes back."""
@@ -201,6 +215,8 @@ class CohortLoop:
             while True:
                 self._obey()
                 self._stretch()
+        except _Ended:
+            return
         except BaseException as error:  # whatever broke the step breaks it for every trial
             log.error("the cohort broke\n%s", traceback.format_exc())
             self._broke(self._breakdown(error))
@@ -253,7 +269,7 @@ class CohortLoop:
         try:
             return self._open_cohort.join(task)
         except BrokenPromise as error:
-            return _without_steps(Reason.MISMATCHED, str(error))
+            return Evaluation.without_steps(attempts=1, outcome=Reason.MISMATCHED, message=str(error))
 
     def _deliver(self, name: str, evaluation: Evaluation) -> None:
         decides = evaluation.outcome is None and evaluation.step in self._tasks[name].rungs
@@ -281,7 +297,7 @@ class CohortLoop:
     def _ended(self, name: str, reason: Reason, message: str) -> Evaluation:
         last = self._last.get(name)
         if last is None:
-            return _without_steps(reason, message)
+            return Evaluation.without_steps(attempts=1, outcome=reason, message=message)
         return replace(last, objective=math.inf, errors={}, outcome=reason, message=message)
 
     @property
@@ -295,19 +311,3 @@ def last_evaluation(task: TrialTask) -> Evaluation | None:
     """What a trial's checkpoint had measured."""
     checkpoint = load_checkpoint(checkpoint_folder(task.run, task.key.trial_id))
     return None if checkpoint is None else Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-
-
-def _without_steps(reason: Reason, message: str) -> Evaluation:
-    """The only report of a trial that ended before its first step."""
-    return Evaluation(
-        step=0,
-        objective=math.inf,
-        errors={},
-        wall_s=0.0,
-        device_s=0.0,
-        train_loss=math.nan,
-        learning_rate=math.nan,
-        attempts=1,
-        outcome=reason,
-        message=message,
-    )

@@ -87,6 +87,11 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "tunebench"
 
 
+def graphs_folder() -> Path:
+    """Where traced and compiled graphs are kept, for all processes of a node."""
+    return cache_folder() / "graphs"
+
+
 def prepare(
     data: AnyData, *, cache: Path | None = None, base: Path | None = None, progress: Progress | None = None
 ) -> PreparedData:

@@ -1,0 +1,139 @@
+"""A workload on a device: its data, and its model as functions of the weights of many slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.func import vmap
+
+from tunebench.engine.batches import task_frames
+from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_model
+from tunebench.engine.fused import Evaluate, Fused, LossGradient, SlotFunction, faster, fuse, unfuse
+from tunebench.engine.loss import LossWeights
+from tunebench.engine.padding import BatchShape, PaddingPlan, padding_plan
+from tunebench.engine.resident import ResidentFrames, StaticBatches, assemble, resident_frames, static_batches
+from tunebench.engine.task import TrialTask
+from tunebench.optim.packing import Tensors
+from tunebench.study.record import Split
+
+_NOT_READ = ("atomic_numbers", "pbc")
+
+Called = Callable[..., Any]
+
+
+class WorkloadFunctions:
+    """Data that stay on the device, and functions of stacked weights that are traced once for every shape.
+
+    Args:
+        task: any trial of the workload; only what all trials of the workload share is read.
+        model: a model of the workload on the CPU; it visits the device to be traced.
+        cache: folder for traces and compiled graphs; None keeps none.
+        compiled: compile the functions with Inductor where they agree with the plain graphs and are faster.
+
+    Attributes:
+        padding: shapes of the training batches and what they waste.
+        has_stress: stresses are trained or judged.
+    """
+
+    def __init__(self, task: TrialTask, model: torch.nn.Module, cache: Path | None, *, compiled: bool) -> None:
+        self.workload, self.device, self.model = task.workload, torch.device(task.device), model
+        self.has_stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
+        self._task, self._cache, self._compiled = task, cache, compiled
+        self._frames: dict[str, ResidentFrames] = {}
+        self._batches: dict[str, StaticBatches] = {}
+        self._models: dict[BatchShape, FunctionalModel] = {}
+        self._predictions: dict[tuple[BatchShape, int], tuple[Called, tuple[str, ...]]] = {}
+        self.padding: PaddingPlan = padding_plan(self.frames(Split.TRAIN).sizes, self.workload.batch_size)
+
+    def frames(self, split: str) -> ResidentFrames:
+        """A split's frames on the device."""
+        if split not in self._frames:
+            cutoff = self.workload.model.r_max_angstrom
+            found = task_frames(self._task, split)
+            self._frames[split] = resident_frames(found, cutoff, self.device, leave_out=_NOT_READ)
+        return self._frames[split]
+
+    def batches(self, split: str) -> StaticBatches:
+        """A split in batches of one shape, for evaluation."""
+        if split not in self._batches:
+            size = self.workload.evaluation_batch_size
+            self._batches[split] = static_batches(self.frames(split), size, masked=False)
+        return self._batches[split]
+
+    def slot_constants(self) -> Tensors:
+        """What the model reads beside its weights and may differ between trials, as one trial has it.
+
+        Raises:
+            Untraceable: the model cannot be written as a function of its weights.
+        """
+        traced = self._model(self.padding.usual)
+        return {name: traced.held[name].detach().to(self.device) for name in traced.slot_constants}
+
+    def loss_gradient(
+        self, shape: BatchShape, weights: Tensors, constants: Tensors, gathered: Callable[[Iterable[str]], Tensors]
+    ) -> tuple[Called, tuple[str, ...]]:
+        """Losses and gradients of slots with a batch each, and the keys of a batch that are read.
+
+        Args:
+            shape: of the batches.
+            weights: an example with the layout of all later calls.
+            constants: likewise.
+            gathered: makes an example of the batches from the keys.
+        """
+        function = LossGradient(self._model(shape), LossWeights.of(self.workload.loss))
+        return self._called(function, (weights, constants, gathered(function.batch_keys))), function.batch_keys
+
+    def prediction(self, split: str, weights: Tensors, constants: Tensors) -> tuple[Called, tuple[str, ...]]:
+        """Predictions of slots on one batch of a split for all, and the keys of a batch that are read.
+
+        Args:
+            split: whose batches.
+            weights: an example with the layout of all later calls with so many slots.
+            constants: likewise.
+        """
+        batches = self.batches(split)
+        key = batches.shape, len(next(iter(weights.values())))
+        if key not in self._predictions:
+            function = Evaluate(self._traced(batches[0]))
+            batch = {name: batches[0][name].contiguous() for name in function.batch_keys}
+            self._predictions[key] = self._called(function, (weights, constants, batch)), function.batch_keys
+        return self._predictions[key]
+
+    def training_batches(
+        self, indices: torch.Tensor, labelled: torch.Tensor, shape: BatchShape, keys: Iterable[str]
+    ) -> dict[str, torch.Tensor]:
+        """Each slot's own batch.
+
+        Args:
+            indices: frames, int64 (slots, batch).
+            labelled: frames whose forces the slot knows, (slots, frames).
+            shape: padded shape of a batch.
+            keys: of the batch that are wanted.
+        """
+        gather = partial(assemble, self.frames(Split.TRAIN), shape=shape)
+        batch = vmap(lambda chosen, known: gather(chosen, labelled=known))(indices, labelled)
+        return {key: batch[key] for key in keys}
+
+    def _called(self, function: SlotFunction, example: tuple[Tensors, Tensors, Tensors]) -> Called:
+        if not self._compiled:
+            return unfuse(function, example, self._cache)
+        called = fuse(function, example, self._cache)
+        return faster(called, example) if isinstance(called, Fused) else called
+
+    def _model(self, shape: BatchShape) -> FunctionalModel:
+        if shape not in self._models:
+            indices = torch.arange(shape.frames - 1, device=self.device)
+            self._models[shape] = self._traced(assemble(self.frames(Split.TRAIN), indices, shape))
+        return self._models[shape]
+
+    def _traced(self, example: Mapping[str, torch.Tensor]) -> FunctionalModel:
+        outputs = OUTPUTS if self.has_stress else OUTPUTS[:2]
+        model = self.model.to(self.device)
+        try:
+            return functional_model(model, example, outputs, self._cache)
+        finally:
+            model.to("cpu")
