@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tunebench.study.spec import SplitFrames, XtbData
 from tunebench.workloads.data import CACHE_VARIABLE, PreparedData, prepare
 
 DATA_VARIABLE = "TUNEBENCH_DATA"
+
+# Equal examples at every run, however busy the machine is.
+settings.register_profile("tunebench", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tunebench")
 
 
 @pytest.fixture(scope="session", autouse=True)

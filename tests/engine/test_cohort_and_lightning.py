@@ -31,8 +31,8 @@ from tunebench.study.record import Reason, Stage
 from tunebench.study.search_space import available_optimizers
 from tunebench.study.spec import Family
 
-# Most agree to 1e-13 or better. Two engines sum in different orders, and SOAP makes more of that, see below.
-LOSSES, WEIGHTS = 1e-8, {"soap": 1e-4, "soap_muon": 1e-4}
+# Most agree to 1e-13 or better. Two engines sum in different orders, and SOAP makes more of that.
+ROUNDING = {"soap": 1e-8, "soap_muon": 1e-8}
 Mixed = dict[tuple[Family, str], tuple[TrialTask, list[Evaluation]]]
 SETTINGS: dict[str, Any] = {"steps": 24, "evaluation_steps": (2, 12, 24), "stage": Stage.CONFIRM}
 COMPARED = {Family.NEQUIP: available_optimizers(), Family.ALLEGRO: ("adamw", "schedule_free", "muon", "soap")}
@@ -43,26 +43,14 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> CrystalTrials:
     return crystal_trials(tmp_path_factory.mktemp("crystals"))
 
 
-@pytest.fixture
-def well_determined_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eigenvectors whose eigenvalue is within 1e-6 of none count as undefined, in both engines.
-
-    An eigenvector with an eigenvalue of 1e-12 of the largest is known to 1e-4 only, and SOAP takes a whole step along
-    it in its first update. The gradient there is too small for the loss to feel much of that.
-    """
-    monkeypatch.setattr("tunebench.optim.eigenbasis._NULL", {torch.float64: 1e-6, torch.float32: 1e-6})
-
-
 @pytest.fixture(scope="module")
 def mixed(trials: CrystalTrials) -> Mixed:
     """Trials of every optimizer after one cohort of each family, with their reports."""
     found: Mixed = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tunebench.optim.eigenbasis._NULL", {torch.float64: 1e-6, torch.float32: 1e-6})
-        for family, optimizers in COMPARED.items():
-            tasks = [trials.task(name, index=index, family=family, **SETTINGS) for index, name in enumerate(optimizers)]
-            reports = run_cohort(trials.cohort(len(tasks), tasks[0]), tasks)
-            found |= {(family, task.key.optimizer): (task, reports[task.key.trial_id]) for task in tasks}
+    for family, optimizers in COMPARED.items():
+        tasks = [trials.task(name, index=index, family=family, **SETTINGS) for index, name in enumerate(optimizers)]
+        reports = run_cohort(trials.cohort(len(tasks), tasks[0]), tasks)
+        found |= {(family, task.key.optimizer): (task, reports[task.key.trial_id]) for task in tasks}
     return found
 
 
@@ -86,20 +74,15 @@ def assert_same_weights(found: TrialTask, expected: TrialTask, relative: float) 
 
 @pytest.mark.parametrize(("family", "optimizer"), [(family, name) for family in COMPARED for name in COMPARED[family]])
 def test_a_cohort_of_all_optimizers_trains_each_as_the_lightning_engine_does(
-    trials: CrystalTrials,
-    mixed: Mixed,
-    well_determined_bases: None,
-    family: Family,
-    optimizer: str,
+    trials: CrystalTrials, mixed: Mixed, family: Family, optimizer: str
 ) -> None:
     task, found = mixed[family, optimizer]
     other = trials.task(optimizer, index=task.key.config_index, family=family, **SETTINGS)
     expected = lightning(other)
     assert expected[-1].errors.keys() == {"val", "test", "ood:strained"}
     assert all(len(readouts) == 2 for readouts in expected[-1].errors.values())
-    rough = optimizer in WEIGHTS
-    assert_same_to_rounding(found, expected, LOSSES if rough else 1e-10)
-    assert_same_weights(task, other, WEIGHTS.get(optimizer, 1e-10))
+    assert_same_to_rounding(found, expected, ROUNDING.get(optimizer, 1e-10))
+    assert_same_weights(task, other, 100 * ROUNDING.get(optimizer, 1e-12))
 
 
 def test_what_is_compared_is_clipped_and_half_labelled_and_weighs_stress(trials: CrystalTrials) -> None:
@@ -113,23 +96,17 @@ def test_what_is_compared_is_clipped_and_half_labelled_and_weighs_stress(trials:
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "soap_muon"])
-def test_soap_departs_from_the_lightning_engine_by_as_much_as_that_from_itself_after_one_ulp(
+def test_soap_amplifies_one_ulp_in_the_weights_to_rounding_only(
     trials: CrystalTrials, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     settings: dict[str, Any] = {"steps": 12, "evaluation_steps": (1, 2, 6, 12)}
     task = trials.task(optimizer, **settings)
-    found = run_cohort(trials.cohort(3, task), [task])[task.key.trial_id]
-    expected = lightning(trials.task(optimizer, **settings))
-    assert_same_to_rounding(found[:1], expected[:1], 1e-12)  # the first step only sets up the bases
-
-    moved = []
-    for seed in (1, 2, 3):
-        generator = torch.Generator().manual_seed(seed)
-        with monkeypatch.context() as patch:
-            patch.setattr("tunebench.engine.lightning.build_module", partial(_perturbed_module, generator))
-            moved.append(_departure(lightning(trials.task(optimizer, **settings)), expected))
-    assert 1e-9 < max(moved) < 1e-4
-    assert _departure(found, expected) < 20 * max(moved)
+    expected = lightning(task)
+    generator = torch.Generator().manual_seed(1)
+    monkeypatch.setattr("tunebench.engine.lightning.build_module", partial(_perturbed_module, generator))
+    found = lightning(trials.task(optimizer, **settings))
+    departures = [abs(one.train_loss / other.train_loss - 1) for one, other in zip(found, expected, strict=True)]
+    assert 0.0 < max(departures) < 1e-9
 
 
 def _perturbed_module(generator: torch.Generator, *arguments: Any) -> Any:
@@ -141,13 +118,6 @@ def _perturbed_module(generator: torch.Generator, *arguments: Any) -> Any:
             end = torch.where(up, torch.inf, -torch.inf).to(weight.dtype)
             weight.copy_(torch.nextafter(weight, end))
     return module
-
-
-def _departure(found: list[Evaluation], expected: list[Evaluation]) -> float:
-    """Largest relative difference of a mean training loss."""
-    return max(
-        abs(one.train_loss - other.train_loss) / other.train_loss for one, other in zip(found, expected, strict=True)
-    )
 
 
 def test_in_float32_molecules_train_as_under_lightning_to_the_same_precision(
@@ -242,7 +212,7 @@ def test_a_trial_of_a_cohort_that_died_goes_on_from_its_last_evaluation_bit_for_
     ("family", "optimizer"), [*((Family.NEQUIP, name) for name in MOVED), (Family.ALLEGRO, "adamw")]
 )
 def test_a_checkpoint_of_either_engine_goes_on_in_the_other(
-    trials: CrystalTrials, well_determined_bases: None, family: Family, optimizer: str
+    trials: CrystalTrials, family: Family, optimizer: str
 ) -> None:
     settings: dict[str, Any] = {**MOVES, "family": family, **(MOVES_SOAP if "soap" in optimizer else {})}
     slots = 3 if family is Family.NEQUIP else len(COMPARED[family])
@@ -267,8 +237,8 @@ def test_a_checkpoint_of_either_engine_goes_on_in_the_other(
     assert [report.step for report in resumed] == [4, 10]
 
     for task, reports in ((to_cohort, [missed, *found]), (to_lightning, resumed)):
-        assert_same_to_rounding(reports, expected, LOSSES)
-        assert_same_weights(task, whole, WEIGHTS.get(optimizer, 1e-10))
+        assert_same_to_rounding(reports, expected, ROUNDING.get(optimizer, 1e-10))
+        assert_same_weights(task, whole, 100 * ROUNDING.get(optimizer, 1e-12))
         assert reports[-1].attempts == 2
 
 

@@ -101,7 +101,8 @@ def test_only_the_confirm_stage_opens_the_test_splits_and_only_at_the_horizon(ma
 
 
 def test_a_loss_that_explodes_ends_the_trial_as_diverged(make_task: MakeTask):
-    reports, _, _ = trained(make_task("sgd", steps=40, evaluation_steps=(20, 40), learning_rate=1e12))
+    reports = Reports()
+    run_trial(make_task("sgd", steps=40, evaluation_steps=(20, 40), learning_rate=1e12), reports)
     assert reports[-1].outcome is Reason.DIVERGED
     assert "step" in reports[-1].message
     assert reports[-1].step < 40

@@ -88,7 +88,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), room=st.tuples(st.integers(0, 7), st.integers(0, 40)))
 @pytest.mark.parametrize("force_fraction", [1.0, 0.4])
 def test_a_padded_batch_is_nequips_collation_and_then_ghosts(prepared: PreparedData, force_fraction, data, room):

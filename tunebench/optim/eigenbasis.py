@@ -12,8 +12,13 @@ from __future__ import annotations
 
 import torch
 
-# An eigenvalue below this share of the largest is round-off of the stored factor.
-_NULL = {torch.float64: 1e-13, torch.float32: 1e-6}
+# The eigenvector of an eigenvalue below this share of the largest counts as undefined. In float32 the eigenvalue is
+# round-off of the stored factor. In float64 the vector is known to 1e-7 at best: a first step of SOAP is as long along
+# it as along any other, and would make two runs of one seed part at once.
+_NULL = {torch.float64: 1e-9, torch.float32: 1e-6}
+
+# Share of the largest eigenvalue that is added to all for a refresh.
+_LIFT = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 # Cholesky passes for columns of the condition number that lifting the null space to this share leaves.
 _PASSES = {torch.float64: 2, torch.float32: 1}
@@ -73,12 +78,11 @@ def power_iteration(factor: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Te
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
     columns = order.unsqueeze(-2).expand(old.shape)
     old, moved = old.gather(-1, columns), moved.gather(-1, columns)
-    floor = _NULL[factor.dtype] * largest
     # The lift only keeps the null space in the span of the columns; what round-off makes of it is replaced below.
-    lift = floor.masked_fill(largest == 0, 1.0).unsqueeze(-2)
+    lift = (_LIFT[factor.dtype] * largest).masked_fill(largest == 0, 1.0).unsqueeze(-2)
     passes = _PASSES[factor.dtype]
     found, _ = orthonormalise(moved + lift * old, passes)
-    live = ((found * (wide @ found)).sum(-2) > floor).unsqueeze(-2)
+    live = ((found * (wide @ found)).sum(-2) > _NULL[factor.dtype] * largest).unsqueeze(-2)
     span = found * live
     found, sound = orthonormalise(torch.where(live, found, old - span @ (span.mT @ old)), passes)
     return torch.where(sound[..., None, None], found, old).to(factor.dtype), order

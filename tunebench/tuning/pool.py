@@ -34,7 +34,8 @@ _ASLEEP_S = 5.0  # after this time a device without work goes back, where others
 _FAILED_STARTS = 3
 _FATE_S = 60.0
 _CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
-_GUESSED_SLOTS = {"cpu": 4, "cuda": 32}  # of a cohort that has not said how many it has
+_USUAL_SLOTS = {"cpu": 8, "cuda": 32}  # of a cohort that has not said how many it has
+_MEASURED_FROM = {"cpu": 20_000, "cuda": 200_000}  # trial-steps to come; measuring slots takes as long as thousands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +287,11 @@ class Pool:
         actor = self._cohorts[number].actor
         task = next(task for task in self._tasks.values() if task.workload.name == workload)
         most = min(max(self._placement.company(workload), 1), self._resources.concurrent_trials or math.inf)
+        known = self._known_size(workload)
+        if known is None and most * task.workload.max_steps < _MEASURED_FROM[self._resources.device]:
+            known = self._usual_size(most)
         try:
-            slots = await actor.open.remote(task, self._known_size(workload), most)
+            slots = await actor.open.remote(task, known, most)
         except RayActorError:  # `_tend` has seen it too
             return
         except RayTaskError as error:
@@ -345,7 +349,12 @@ class Pool:
             return
 
     def _size(self, workload: str) -> int:
-        return self._known_size(workload) or _GUESSED_SLOTS[self._resources.device]
+        return self._known_size(workload) or _USUAL_SLOTS[self._resources.device]
+
+    def _usual_size(self, trials: int) -> int:
+        """Slots of a cohort that are not worth measuring: no more than so many trials need on all devices."""
+        share = math.ceil(trials / max(len(self._usable_devices()), 1))
+        return min(1 << (share - 1).bit_length(), _USUAL_SLOTS[self._resources.device])
 
     def _known_size(self, workload: str) -> int | None:
         fixed = None if self._slots is None else min(self._slots, self._resources.concurrent_trials or self._slots)
