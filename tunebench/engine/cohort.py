@@ -334,11 +334,14 @@ class Cohort:
             place.slot = to
 
     def _gradient_program(self, shape: BatchShape, bucket: int) -> Replayed:
+        """Made for all shapes that trials will need, so that no step in the middle of training waits for a trace."""
         if (shape, bucket) not in self._gradient_programs:
-            example = self._weights_and_constants(bucket)
-            called, keys = self._functions.loss_gradient(shape, *example, partial(self._gathered, shape, bucket))
-            work = partial(self._gradients, called, keys, shape, bucket)
-            self._gradient_programs[shape, bucket] = Replayed(work, self.device)
+            misfits = any(place.misfits[place.step :].any() for place in self._places.values())
+            for each in dict.fromkeys((shape, self.padding.guaranteed if misfits else shape)):
+                example = self._weights_and_constants(bucket)
+                called, keys = self._functions.loss_gradient(each, *example, partial(self._gathered, each, bucket))
+                work = partial(self._gradients, called, keys, each, bucket)
+                self._gradient_programs[each, bucket] = Replayed(work, self.device)
         return self._gradient_programs[shape, bucket]
 
     def _gradients(self, function: Any, keys: Sequence[str], shape: BatchShape, bucket: int) -> None:

@@ -85,7 +85,9 @@ class WorkloadFunctions:
             gathered: makes an example of the batches from the keys.
         """
         function = LossGradient(self._model(shape), LossWeights.of(self.workload.loss))
-        return self._called(function, (weights, constants, gathered(function.batch_keys))), function.batch_keys
+        example = weights, constants, gathered(function.batch_keys)
+        frequent = shape == self.padding.usual  # misfits are one batch in a thousand, which pays for no compilation
+        return self._called(function, example, compiled=self._compiled and frequent), function.batch_keys
 
     def prediction(self, split: str, weights: Tensors, constants: Tensors) -> tuple[Called, tuple[str, ...]]:
         """Predictions of slots on one batch of a split for all, and the keys of a batch that are read.
@@ -100,7 +102,8 @@ class WorkloadFunctions:
         if key not in self._predictions:
             function = Evaluate(self._traced(batches[0]))
             batch = {name: batches[0][name].contiguous() for name in function.batch_keys}
-            self._predictions[key] = self._called(function, (weights, constants, batch)), function.batch_keys
+            called = self._called(function, (weights, constants, batch), compiled=self._compiled)
+            self._predictions[key] = called, function.batch_keys
         return self._predictions[key]
 
     def training_batches(
@@ -118,8 +121,8 @@ class WorkloadFunctions:
         batch = vmap(lambda chosen, known: gather(chosen, labelled=known))(indices, labelled)
         return {key: batch[key] for key in keys}
 
-    def _called(self, function: SlotFunction, example: tuple[Tensors, Tensors, Tensors]) -> Called:
-        if not self._compiled:
+    def _called(self, function: SlotFunction, example: tuple[Tensors, Tensors, Tensors], *, compiled: bool) -> Called:
+        if not compiled:
             return unfuse(function, example, self._cache)
         called = fuse(function, example, self._cache)
         return faster(called, example) if isinstance(called, Fused) else called

@@ -286,7 +286,8 @@ class Pool:
     async def _open(self, number: int, workload: str) -> None:
         actor = self._cohorts[number].actor
         task = next(task for task in self._tasks.values() if task.workload.name == workload)
-        most = min(max(self._placement.company(workload), 1), self._resources.concurrent_trials or math.inf)
+        company = max(self._placement.company(workload), 1)
+        most = min(company, self._resources.concurrent_trials or company)
         known = self._known_size(workload)
         if known is None and most * task.workload.max_steps < _MEASURED_FROM[self._resources.device]:
             known = self._usual_size(most)
