@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +63,12 @@ class TrialBook:
             learning_rate: of the next step.
             save: makes the engine's part of the checkpoint; called once `last` is this evaluation.
         """
+        self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate)
+        self.write(None if self.last.outcome is Reason.DIVERGED else save())
+        return self.last
+
+    def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:
+        """Decide whether the trial has ended, and write nothing yet; arguments as for `evaluated`."""
         objectives = {}
         for readout, metrics in errors[Split.VAL].items():
             objectives[readout] = objective_value(metrics, self.task.objective)
@@ -80,13 +86,19 @@ class TrialBook:
         )
         outcome, message = self._outcome(evaluation)
         self.last = replace(evaluation, outcome=outcome, message=message)
+        return self.last
+
+    def write(self, saved: Mapping[str, Any] | None) -> None:
+        """Write the last evaluation: curve, events, and a checkpoint where the engine's part of one is given.
+
+        Books of different trials may write at the same time in different threads.
+        """
         self._rows += curve_rows(self.task.key.trial_id, self.last)
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
         self._board.add(self.last)
-        if outcome is not Reason.DIVERGED:
+        if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
-            save_checkpoint(self.folder, own | save())
-        return self.last
+            save_checkpoint(self.folder, own | dict(saved))
 
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
         """The report of an end between two evaluations."""

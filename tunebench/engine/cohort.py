@@ -12,6 +12,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the losses waits for a GPU
 _EVALUATED_AT_ONCE = 8
+_WRITERS = 8
 _COMPILED_FROM = {"cpu": 5000, "cuda": 1000}  # steps; Inductor takes as long as thousands of plain ones
 _SHRUNK_FROM = 5000  # steps left that pay for compiling a smaller step
 
@@ -92,6 +94,7 @@ class Cohort:
         self._places: dict[str, Place] = {}
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
         self._clear()
         self._since = time.perf_counter()
 
@@ -404,19 +407,30 @@ class Cohort:
             errors = self._evaluation.errors(due, self._rows, self._groups)
         except torch.OutOfMemoryError as error:
             return [self._ended(place, Reason.OOM, _first_line(error)) for place in due]
-        reports = [self._reported(place, found) for place, found in zip(due, errors, strict=True)]
+        self._write(due, errors)
+        reports = [self._reported(place) for place in due]
         self._since = self._now()  # nobody pays for an evaluation in training time
         return reports
 
-    def _reported(self, place: Place, errors: Errors) -> tuple[str, Evaluation]:
-        tenant, name = place.tenant, place.tenant.name
-        last = tenant.book.evaluated(
-            place.step,
-            errors,
-            train_loss=self._rows.take_mean_loss(place.slot),
-            learning_rate=tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step),
-            save=lambda: tenant.saved(self.state(name)),
-        )
+    def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:
+        """Judge evaluations and write them, several files at once: each waits for the disk."""
+        writes = []
+        for place, found in zip(due, errors, strict=True):
+            tenant = place.tenant
+            last = tenant.book.judged(
+                place.step,
+                found,
+                train_loss=self._rows.take_mean_loss(place.slot),
+                learning_rate=tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step),
+            )
+            saved = None if last.outcome is Reason.DIVERGED else tenant.saved(self.state(tenant.name))
+            writes.append(self._writers.submit(tenant.book.write, saved))
+        wait(writes)
+        for write in writes:
+            write.result()
+
+    def _reported(self, place: Place) -> tuple[str, Evaluation]:
+        name, last = place.tenant.name, place.tenant.book.last
         place.waiting = True
         if last.outcome is not None:
             self.leave(name, last.outcome)
