@@ -39,6 +39,7 @@ STUDY: dict[str, Any] = {
         }
     ],
     "optimizers": ["adamw", "soap"],
+    "resources": {"cpus_per_trial": os.cpu_count()},  # one cohort: each takes seconds to start
     "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 3, "reduction_factor": 2}},
     "confirm": {"top_k": 1, "seeds": 2},
 }
