@@ -1,13 +1,15 @@
-"""``python -m analysis RUN``: rank a run and write its report."""
+"""``python -m analysis RUN``: rank a run and write its report; ``algoperf DIR``: score AlgoPerf's logs."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from analysis.algoperf import Submission, score_folder
 from analysis.checks import Status
 from analysis.load import load
 from analysis.ranking import Ranking, rank, to_json
@@ -20,15 +22,25 @@ DONE, CHECK_FAILED, BAD_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Analyse one run; returns 0 when done, 1 when a check failed, 2 on bad input with one line on stderr."""
-    options = _parser().parse_args(arguments)
+    """Analyse one run, or do what a verb says; returns 0 when done, 1 when a check failed, 2 on bad input.
+
+    Bad input is one line on stderr.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        run = load(options.run)
-        ranking = rank(run)
-        report = write_pages(run, ranking, options.out or options.run / REPORT)
+        if given and given[0] in _VERBS:
+            return _VERBS[given[0]](given[1:])
+        return _report(given)
     except (RunError, StudyError, OSError) as error:
         print(" ".join(f"analysis: {error}".split()), file=sys.stderr)
         return BAD_INPUT
+
+
+def _report(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    run = load(options.run)
+    ranking = rank(run)
+    report = write_pages(run, ranking, options.out or options.run / REPORT)
     if options.json:
         print(json.dumps(to_json(ranking), ensure_ascii=False, allow_nan=False))
     else:
@@ -38,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m analysis", description="Rank a run's optimizers and write its report.", allow_abbrev=False
+        prog="python -m analysis",
+        description="Rank a run's optimizers and write its report.",
+        epilog="other verbs: `python -m analysis algoperf DIR` scores evaluation logs of AlgoPerf. A run directory of "
+        "that name is written ./algoperf.",
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, finished or not")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; left out, RUN/report")
@@ -56,6 +72,32 @@ def _summary(ranking: Ranking, page: Path) -> str:
         for finding in check.findings[:3]
     ]
     return "\n".join([*lines, f"report: {page}"])
+
+
+def _algoperf(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis algoperf",
+        description="Score evaluation logs by the rules of AlgoPerf's external tuning.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with evals.parquet and targets.json")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    found = score_folder(options.folder)
+    print(json.dumps(to_json(found), allow_nan=False) if options.json else _score_lines(found))
+    return DONE
+
+
+def _score_lines(found: Sequence[Submission]) -> str:
+    width = max((len(one.submission) for one in found), default=0)
+    return "\n".join(
+        f"{one.submission:<{width}}  {one.score:.4f}  "
+        f"{sum(math.isfinite(seconds) for seconds in one.seconds.values())} of {len(one.seconds)} targets reached"
+        for one in found
+    )
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"algoperf": _algoperf}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""How much the luck of the search moves a comparison: the best configuration of other draws of the same configurations.
+
+A study searches once. Drawing its configurations with replacement, the same ones for every arm, and selecting anew says
+how differently that search might have ended. Selection looks at validation alone, so an arm's configurations have a
+fixed order of preference and the best one drawn is the drawn one that comes first in it. The distribution of that pair
+of places has a closed form, so no draws are needed here; `nested_bootstrap` draws where a closed form is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.statistics import Floats, Indices
+
+SEARCH_DEGREES = 3.0
+"""Degrees of freedom of the search's variance: it rests on the few leading configurations of one search.
+
+By simulation (`benchmarks/verdict_calibration.py`): 3 keeps false winners at or below 5 % also where the search's luck
+is far larger than the seeds'; 5 would let up to 7 % through.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What an arm's search offers for selection.
+
+    Attributes:
+        order: configuration numbers, the one that selection prefers first; confirmed ones lead.
+        confirmed: test error by seed index of each confirmed configuration, in the same order; ``inf`` for a failure.
+        tuned: stage-1 stand-in for the test error of the others, in the same order; ``inf`` for a failure.
+    """
+
+    order: tuple[int, ...]
+    confirmed: tuple[dict[int, float], ...]
+    tuned: tuple[float, ...]
+
+
+def joint_places(first: Indices, second: Indices, drawn: int, places: int) -> Floats:
+    """Probability that the best drawn configuration has place k in the first arm's order and l in the second's.
+
+    With both arms drawing the same configurations, neither of the first k of one order and the first l of the other is
+    drawn with probability ``((N - u) / N)^n``, u being the size of their union. Differences over k and l give the
+    probabilities; what lies beyond the last place is added to it.
+
+    Args:
+        first: configuration numbers in the first arm's order, shape (N,).
+        second: likewise for the second arm, the same numbers in another order.
+        drawn: number n of configurations in a draw.
+        places: how many leading places are told apart.
+
+    Returns:
+        Shape (places, places), summing to 1.
+
+    Raises:
+        ValueError: the arms do not have the same configurations.
+    """
+    number = len(first)
+    if sorted(first.tolist()) != sorted(second.tolist()):
+        raise ValueError("joint_places: found arms with different configurations, allowed: the same in both")
+    place_in_second = {int(config): place for place, config in enumerate(second)}
+    inside = np.zeros((places + 1, places + 1), dtype=np.float64)
+    for place, config in enumerate(first[:places]):
+        other = place_in_second[int(config)]
+        inside[place + 1 :, other + 1 :] += 1.0
+    depth = np.arange(places + 1, dtype=np.float64)
+    union = np.minimum(depth[:, None] + depth[None, :] - inside, number)
+    none_drawn = np.power((number - union) / number, drawn)
+    none_drawn[-1, :] = none_drawn[:, -1] = 0.0
+    return np.asarray(
+        none_drawn[:-1, :-1] - none_drawn[1:, :-1] - none_drawn[:-1, 1:] + none_drawn[1:, 1:], dtype=np.float64
+    )
+
+
+def search_variance(differences: Floats, weights: Floats) -> Floats:
+    """Variance that re-selection gives to a difference, freed from the noise of the seeds.
+
+    The variance of the seed means over re-selections also holds seed noise; an unbiased estimate of that part, from how
+    much single seeds differ, is taken off. Never below 0.
+
+    Args:
+        differences: first arm minus second arm at each pair of places and each seed, shape (..., k, l, seeds).
+        weights: probabilities of the pairs, shape (..., k, l).
+
+    Returns:
+        Shape (...); ``inf`` where a pair that may be selected has an infinite difference.
+    """
+    seeds = differences.shape[-1]
+    reachable = np.broadcast_to(weights[..., None] > 1e-12, differences.shape)
+    broken = (~np.isfinite(differences) & reachable).any(axis=(-3, -2, -1))
+    calm = np.where(np.isfinite(differences), differences, 0.0)
+    of_means = _variance(calm.mean(axis=-1, keepdims=True), weights)[..., 0]
+    of_seeds = _variance(calm, weights).mean(axis=-1)
+    noise = (of_seeds - of_means) / (seeds - 1.0)
+    return np.asarray(np.where(broken, np.inf, np.maximum(of_means - noise, 0.0)), dtype=np.float64)
+
+
+def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]) -> float | None:
+    """Search variance of the difference of two arms over common seeds, from their confirmed configurations.
+
+    A failed seed of a confirmed configuration that is not the arm's best counts as the worst finite error of the two
+    arms, for an infinite one would say that nothing at all is known.
+
+    Returns:
+        ``None`` where there is nothing to re-select: fewer than two common configurations, a single confirmed one in
+        both arms, or fewer than two seeds that all confirmed configurations have.
+    """
+    common = set(first.order) & set(second.order)
+    ours, theirs = ([config for config in search.order if config in common] for search in (first, second))
+    tables = [_table(search, seeds, common) for search in (first, second)]
+    if len(common) < 2 or len(seeds) < 2 or min(map(len, tables)) == 0 or max(map(len, tables)) < 2:
+        return None
+    finite = np.concatenate([table[np.isfinite(table)] for table in tables])
+    if not len(finite):
+        return None
+    places = max(map(len, tables))
+    clipped = [np.minimum(_padded(table, places), finite.max()) for table in tables]
+    weights = joint_places(np.array(ours, dtype=np.intp), np.array(theirs, dtype=np.intp), len(common), places)
+    differences = clipped[0][:, None, :] - clipped[1][None, :, :]
+    return float(search_variance(differences, weights))
+
+
+def _table(search: Search, seeds: tuple[int, ...], common: set[int]) -> Floats:
+    """Errors of the confirmed configurations that have all seeds, in order, shape (configurations, seeds)."""
+    rows = [
+        [values[seed] for seed in seeds]
+        for config, values in zip(search.order, search.confirmed, strict=False)
+        if config in common and all(seed in values for seed in seeds)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(seeds))
+
+
+def _padded(table: Floats, places: int) -> Floats:
+    return np.concatenate([table, np.repeat(table[-1:], places - len(table), axis=0)])
+
+
+def _variance(values: Floats, weights: Floats) -> Floats:
+    """Variance over the pairs of places, shape (..., seeds)."""
+    weight = weights[..., None]
+    mean = (weight * values).sum(axis=(-3, -2))
+    return np.asarray((weight * np.square(values)).sum(axis=(-3, -2)) - np.square(mean), dtype=np.float64)
