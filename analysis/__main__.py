@@ -11,8 +11,9 @@ from pathlib import Path
 
 from analysis.algoperf import Submission, score_folder
 from analysis.checks import Status
+from analysis.json_form import to_json
 from analysis.load import load
-from analysis.ranking import Ranking, rank, to_json
+from analysis.ranking import Ranking, rank
 from analysis.report import write_pages
 from tunebench.study.errors import RunError
 from tunebench.study.record import REPORT
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 def _summary(ranking: Ranking, page: Path) -> str:
     lines = [f"{ranking.study}: {'finished' if ranking.finished else 'unfinished'}"]
     lines += [f"{workload.workload}: {workload.decision.sentence}" for workload in ranking.workloads]
+    if len(ranking.workloads) > 1:
+        lines.append(f"overall: {ranking.overall.sentence}")
     lines += [
         f"{check.status}: {check.name}: {finding}"
         for check in ranking.checks

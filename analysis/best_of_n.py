@@ -23,7 +23,7 @@ _CHUNK = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN:
-    """Expected best error (lower is better) after n configurations, every array of shape (budgets,).
+    """Expected best error (lower is better) after n configurations, one entry per budget.
 
     Attributes:
         n: numbers of configurations.
@@ -33,11 +33,11 @@ class BestOfN:
             curve. Unreliable for n near the number of trials.
     """
 
-    n: Indices
-    optimistic: Floats
-    pessimistic: Floats
-    low: Floats
-    high: Floats
+    n: tuple[int, ...]
+    optimistic: tuple[float, ...]
+    pessimistic: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
 
 
 def u_weights(number: int, budgets: Indices) -> Floats:
@@ -100,11 +100,11 @@ def censored_best_of_n(optimistic: Floats, pessimistic: Floats, budgets: Indices
         raise ValueError("best of n: found an optimistic bound above the pessimistic one, allowed: at most equal")
     bands = _bands(low, high, budgets, seed)
     return BestOfN(
-        n=np.asarray(budgets, dtype=np.intp),
-        optimistic=best_of_n(low, budgets),
-        pessimistic=best_of_n(high, budgets),
-        low=bands[0],
-        high=bands[1],
+        n=tuple(np.asarray(budgets).tolist()),
+        optimistic=tuple(best_of_n(low, budgets).tolist()),
+        pessimistic=tuple(best_of_n(high, budgets).tolist()),
+        low=tuple(bands[0].tolist()),
+        high=tuple(bands[1].tolist()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,24 @@ class Run:
 
     def arm(self, workload: str, optimizer: str, stage: Stage | None = None) -> tuple[TrialRecord, ...]:
         """Trials of an arm in planned order, of one stage or of both."""
-        return tuple(
-            trial
-            for trial in self.trials
-            if (trial.key.workload, trial.key.optimizer) == (workload, optimizer) and stage in (None, trial.key.stage)
-        )
+        own = self._by_arm.get((workload, optimizer), ())
+        return own if stage is None else tuple(trial for trial in own if trial.key.stage is stage)
+
+    def curve(self, trial_id: str) -> pd.DataFrame:
+        """Rows of one trial's curves in the order they were written; empty where it has none."""
+        rows: pd.DataFrame = self.curves.iloc[self._curve_rows.get(trial_id, [])]
+        return rows
+
+    @cached_property
+    def _by_arm(self) -> dict[tuple[str, str], tuple[TrialRecord, ...]]:
+        arms: dict[tuple[str, str], list[TrialRecord]] = {}
+        for trial in self.trials:
+            arms.setdefault((trial.key.workload, trial.key.optimizer), []).append(trial)
+        return {arm: tuple(trials) for arm, trials in arms.items()}
+
+    @cached_property
+    def _curve_rows(self) -> dict[Any, Any]:
+        return dict(self.curves.groupby("trial", sort=False).indices)
 
 
 def load(path: Path) -> Run:

@@ -14,10 +14,9 @@ from enum import StrEnum
 import numpy as np
 
 from analysis.reselection import Search
-from analysis.statistics import DRAWS, Floats, Indices, Interval, iqm, percentile_interval
+from analysis.statistics import DRAWS, Floats, Indices, Interval, iqm, paired_differences, percentile_interval
+from analysis.workload_tests import MINIMUM_WORKLOADS
 
-DRAWN_WORKLOADS = 6
-"""From this number on workloads are drawn too; fewer are held fixed and nothing is said about other ones."""
 _CHUNK = 2_000_000
 """Numbers held at once in the largest array of a draw."""
 
@@ -88,19 +87,19 @@ def redraw(
 
 def difference_interval(redrawn: Redrawn, first: str, second: str) -> Interval:
     """Percentile interval of first minus second arm over paired draws; two failures are no difference."""
-    return percentile_interval(_difference(redrawn.values[first], redrawn.values[second]))
+    return percentile_interval(paired_differences(redrawn.values[first], redrawn.values[second]))
 
 
 def probability_of_lead(redrawn: Redrawn, first: str, second: str) -> float:
     """Share of draws in which the first arm has the lower error, ties counting half."""
-    difference = _difference(redrawn.values[first], redrawn.values[second])
+    difference = paired_differences(redrawn.values[first], redrawn.values[second])
     return float((difference < 0.0).mean() + 0.5 * (difference == 0.0).mean())
 
 
 def pooled(by_workload: Sequence[Redrawn], *, seed: int, baseline: str) -> dict[str, Floats]:
     """Log of each arm's error over the baseline's, averaged over workloads, by optimizer, shape (draws,).
 
-    Workloads are drawn with replacement from `DRAWN_WORKLOADS` on. Logs of ratios make workloads with different error
+    Workloads are drawn with replacement from `MINIMUM_WORKLOADS` on. Logs of ratios make workloads with different error
     levels comparable; minus the logarithm of the geometric-mean improvement. A failure is ``inf``.
 
     Args:
@@ -113,7 +112,7 @@ def pooled(by_workload: Sequence[Redrawn], *, seed: int, baseline: str) -> dict[
         name: np.stack([_log_ratio(part.values[name], part.values[baseline]) for part in by_workload]) for name in names
     }
     number, draws = logs[baseline].shape
-    if number < DRAWN_WORKLOADS:
+    if number < MINIMUM_WORKLOADS:
         return {name: np.asarray(values.mean(axis=0), dtype=np.float64) for name, values in logs.items()}
     drawn = np.random.default_rng(seed).integers(0, number, size=(number, draws), dtype=np.intp)
     return {
@@ -143,11 +142,6 @@ def _statistic(values: Floats, statistic: Statistic) -> Floats:
     ordered, middle = np.sort(values, axis=-1), values.shape[-1] // 2
     lower = ordered[..., middle] if values.shape[-1] % 2 else ordered[..., middle - 1]
     return np.asarray(0.5 * (lower + ordered[..., middle]), dtype=np.float64)
-
-
-def _difference(first: Floats, second: Floats) -> Floats:
-    both = np.isposinf(first) & np.isposinf(second)
-    return np.asarray(np.where(both, 0.0, first - np.where(both, 0.0, second)), dtype=np.float64)
 
 
 def _log_ratio(values: Floats, baseline: Floats) -> Floats:

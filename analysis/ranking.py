@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from analysis.arm_search import ArmSearch, arm_search
 from analysis.checks import Check, run_checks
+from analysis.comparison import Comparison, Contender
 from analysis.completeness import left_no_candidate, missing_work
 from analysis.ledger import ArmLedger, arm_ledger
 from analysis.load import Run
+from analysis.nested_bootstrap import Redrawn, redraw
+from analysis.overall import Overall, WorkloadErrors, decide_overall
+from analysis.pareto import ParetoPoint, pareto_front
+from analysis.reselection import Search
+from analysis.search_results import search_of, test_per_validation
+from analysis.seed_intervals import seed_interval
 from analysis.selection import (
     POLICY,
     Candidate,
@@ -23,15 +30,17 @@ from analysis.selection import (
     mean_validation,
     rule_shares,
 )
-from analysis.statistics import Interval, iqm, iqm_interval, median
-from analysis.step_costs import step_time
-from analysis.verdict import Comparison, Contender, Decision, decide
-from tunebench.study.record import OOD_PREFIX, Metric, Split, Stage
+from analysis.statistics import Floats, Interval, iqm, median
+from analysis.step_costs import TimeAxis, step_time, time_axis
+from analysis.targets import TargetScores, target_scores
+from analysis.verdict import Decision, decide
+from analysis.workload_tests import holm
+from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 from tunebench.study.step_times import StepTime
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ERROR_METRICS = (
     Metric.ENERGY_PER_ATOM_MAE,
     Metric.ENERGY_PER_ATOM_RMSE,
@@ -49,7 +58,7 @@ class Summary:
     Attributes:
         split: ``test`` or ``ood:NAME``. readout: a `Readout`, or ``policy`` for the study's own choice.
         values: error by seed index, ``inf`` for a failed seed.
-        interval: 95 % bootstrap interval of the IQM; ``None`` (not available) for fewer than three seeds.
+        interval: 95 % studentized interval of the IQM; ``None`` (not available) for fewer than three seeds.
     """
 
     split: str
@@ -96,6 +105,7 @@ class ArmResult:
     errors: tuple[Summary, ...]
     tune: ArmLedger
     confirm: ArmLedger
+    search: ArmSearch
 
     def summary(self, split: str, metric: Metric, readout: str = POLICY) -> Summary | None:
         """The arm's errors of one kind, ``None`` where none were measured."""
@@ -110,6 +120,10 @@ class WorkloadRanking:
     Attributes:
         comparisons: the leading arm against every other one.
         missing: one line per arm that is not complete.
+        family_p: p of the leading arm's closest comparison, adjusted by Holm over the workloads of the study: a winner
+            whose value is above 0.05 wins here, but among so many workloads one such win may be chance. ``None`` where
+            nothing is compared.
+        pareto: error against device-seconds of a full run, cheapest arm first; arms without either are absent.
     """
 
     workload: str
@@ -117,12 +131,14 @@ class WorkloadRanking:
     missing: tuple[str, ...]
     decision: Decision
     comparisons: tuple[Comparison, ...]
+    family_p: float | None
+    pareto: tuple[ParetoPoint, ...]
     arms: tuple[ArmResult, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The whole answer of a run; `to_json` writes it."""
+    """The whole answer of a run; `json_form.to_json` writes it, `ranking.schema.json` says how that looks."""
 
     schema_version: int
     study: str
@@ -132,13 +148,16 @@ class Ranking:
     units: dict[str, str]
     statistics: dict[str, str]
     checks: tuple[Check, ...]
+    overall: Overall
+    targets: TargetScores
     workloads: tuple[WorkloadRanking, ...]
 
 
 def rank(run: Run) -> Ranking:
     """Rank every workload of a run by its confirm stage; selection reads validation, ranking reads test."""
     checks = run_checks(run)
-    workloads = tuple(_rank_workload(run, name, checks) for name in run.workloads)
+    workloads = _with_family_p([_rank_workload(run, name, checks) for name in run.workloads])
+    errors = [_workload_errors(run, workload) for workload in workloads]
     return Ranking(
         schema_version=SCHEMA_VERSION,
         study=run.study.name,
@@ -148,11 +167,16 @@ def rank(run: Run) -> Ranking:
         units={"energy_per_atom": "eV/atom", "forces": "eV/Å", "stress": "eV/Å³", "device": "s"},
         statistics={
             "iqm": "25 % trimmed mean over seeds, floor(n/4) seeds cut at each end",
-            "interval": "95 % percentile bootstrap over seeds, 10000 seeded draws; too narrow at 3 to 5 seeds",
-            "comparison": "IQM of the leading arm minus IQM of the other one, both drawn at the same seeds",
+            "interval": "95 % of the IQM over seeds, studentized; exact for normal errors",
+            "comparison": "IQM over paired seeds of the leading arm minus the other one; 95 % interval over seeds and, "
+            "where both searches are known, over re-selections among the same configurations",
+            "tie": "90 % interval of the difference inside one seed standard deviation",
+            "redrawn": "95 % percentile interval of 10000 seeded draws of configurations and seeds, alike in both arms",
             "failed_seed": "inf, never dropped",
         },
         checks=checks,
+        overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
+        targets=target_scores(run),
         workloads=workloads,
     )
 
@@ -162,12 +186,14 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
     missing = missing_work(run, workload)
     exploratory = run.study.tune.sampler is Sampler.TPE
     arms = tuple(results) if exploratory else _ordered(results)
+    searches = _searches(run, workload)
     decision, comparisons = decide(
-        [_contender(result) for result in arms],
+        [_contender(result, searches.get(result.optimizer)) for result in arms],
         exploratory=exploratory,
         missing=missing,
         failed_checks=[check.name for check in checks if check.forbids_winner(workload)],
         seed=lambda first, second: named_seed(run.study.seed, "bootstrap", workload, "difference", first, second),
+        budget=_budget(run, workload),
     )
     return WorkloadRanking(
         workload=workload,
@@ -175,8 +201,82 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
         missing=missing,
         decision=decision,
         comparisons=comparisons,
+        family_p=max((1.0 if c.p is None else c.p for c in comparisons), default=None),
+        pareto=_pareto(run, workload, arms),
         arms=arms,
     )
+
+
+def _with_family_p(workloads: Sequence[WorkloadRanking]) -> tuple[WorkloadRanking, ...]:
+    """Adjust the p of each workload's closest comparison for the number of workloads."""
+    raw = [workload.family_p for workload in workloads if workload.family_p is not None]
+    adjusted = iter(holm(raw))
+    return tuple(
+        workload if workload.family_p is None else replace(workload, family_p=next(adjusted)) for workload in workloads
+    )
+
+
+def _budget(run: Run, workload: str) -> str:
+    """What every arm was given, as part of a sentence."""
+    tune, confirm = run.study.tune, run.study.confirm
+    steps = next(found.max_steps for found in run.study.workloads if found.name == workload)
+    return (
+        f"{_counted(tune.trials_per_arm, 'configuration')} per arm and {steps} steps, the best {confirm.top_k} with "
+        f"{_counted(confirm.seeds, 'seed')}"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _searches(run: Run, workload: str) -> dict[str, Search]:
+    factor = test_per_validation(run, workload)
+    found = {optimizer: search_of(run, workload, optimizer, factor) for optimizer in run.optimizers}
+    return {optimizer: search for optimizer, search in found.items() if search is not None}
+
+
+def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoPoint, ...]:
+    axis = time_axis(run, workload)
+    errors = {arm.optimizer: s.iqm for arm in arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
+    costs = {arm.optimizer: cost for arm in arms if (cost := _run_cost(run, workload, arm, axis)) is not None}
+    return pareto_front(errors, costs, axis.calibrated)
+
+
+def _run_cost(run: Run, workload: str, arm: ArmResult, axis: TimeAxis) -> float | None:
+    """Median device-seconds of the finished seeds of an arm's best configuration."""
+    trials = run.arm(workload, arm.optimizer, Stage.CONFIRM)
+    own = [t for t in trials if t.key.config_index == arm.config_index and t.reason is Reason.FINISHED]
+    return float(np.median([axis.of_trial(trial) for trial in own])) if own else None
+
+
+def _workload_errors(run: Run, workload: WorkloadRanking) -> WorkloadErrors:
+    """What the overall verdict needs of a workload; arms without a measured error take no part in it."""
+    found = {arm.optimizer: s for arm in workload.arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
+    runs = {name: np.array(list(summary.values.values()), dtype=np.float64) for name, summary in found.items()}
+    return WorkloadErrors(
+        workload=workload.workload,
+        errors={name: summary.iqm for name, summary in found.items()},
+        runs=runs,
+        deviation={name: share for name, values in runs.items() if (share := _relative_deviation(values)) is not None},
+        decision=workload.decision,
+        redrawn=_redrawn(run, workload.workload, runs),
+    )
+
+
+def _relative_deviation(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.std(ddof=1) / finite.mean()) if len(finite) > 1 and finite.mean() > 0.0 else None
+
+
+def _redrawn(run: Run, workload: str, runs: dict[str, Floats]) -> Redrawn | None:
+    searches = _searches(run, workload)
+    if not runs or set(searches) != set(runs):
+        return None
+    seeds = sorted(set.intersection(*(set(search.confirmed[0]) for search in searches.values())))
+    if not seeds:
+        return None
+    return redraw(searches, seeds, seed=named_seed(run.study.seed, "bootstrap", workload, "redraw"))
 
 
 def _arm_result(run: Run, workload: str, optimizer: str) -> ArmResult:
@@ -202,6 +302,7 @@ def _arm_result(run: Run, workload: str, optimizer: str) -> ArmResult:
         own_share=shares.get(optimizer, 0.0) if shares else None,
         left_no_candidate=hopeless,
         errors=_errors(run, workload, optimizer, best) if best else _no_errors(planned) if hopeless else (),
+        search=arm_search(run, workload, optimizer),
         tune=arm_ledger(run, workload, optimizer, Stage.TUNE),
         confirm=arm_ledger(run, workload, optimizer, Stage.CONFIRM),
     )
@@ -216,8 +317,7 @@ def _errors(run: Run, workload: str, optimizer: str, best: Candidate) -> tuple[S
             if (error := error_of(trial, split, readout, metric, run.study.objective)) is not None
         }
         if values:
-            seed = named_seed(run.study.seed, "bootstrap", workload, optimizer, split, readout, metric)
-            summaries.append(_summary(split, readout, metric, values, seed))
+            summaries.append(_summary(split, readout, metric, values))
     return tuple(summaries)
 
 
@@ -235,10 +335,10 @@ def _measured(best: Candidate) -> Iterator[tuple[str, str, Metric]]:
 
 def _no_errors(planned: int) -> tuple[Summary, ...]:
     failed = dict.fromkeys(range(planned), math.inf)
-    return (_summary(Split.TEST.value, POLICY, Metric.FORCES_MAE, failed, 0),)
+    return (_summary(Split.TEST.value, POLICY, Metric.FORCES_MAE, failed),)
 
 
-def _summary(split: str, readout: str, metric: Metric, values: dict[int, float], seed: int) -> Summary:
+def _summary(split: str, readout: str, metric: Metric, values: dict[int, float]) -> Summary:
     errors = np.array(list(values.values()), dtype=np.float64)
     return Summary(
         split=split,
@@ -248,8 +348,16 @@ def _summary(split: str, readout: str, metric: Metric, values: dict[int, float],
         median=median(errors),
         mean=float(errors.mean()),
         iqm=float(iqm(errors)),
-        interval=iqm_interval(errors, seed),
+        interval=_error_interval(errors),
     )
+
+
+def _error_interval(errors: Floats) -> Interval | None:
+    """Interval of an arm's error, which is positive; too many failures stretch it from the best seed to ``inf``."""
+    interval = seed_interval(errors)
+    if interval is None or interval.low > 0.0:
+        return interval
+    return Interval(low=0.0 if math.isfinite(interval.low) else float(errors.min()), high=interval.high)
 
 
 def _ordered(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
@@ -265,33 +373,9 @@ def _ordered(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
 
 
 def _with_rank(result: ArmResult, place: int) -> ArmResult:
-    values = {field.name: getattr(result, field.name) for field in fields(result)}
-    return ArmResult(**{**values, "rank": place})
+    return replace(result, rank=place)
 
 
-def _contender(result: ArmResult) -> Contender:
+def _contender(result: ArmResult, search: Search | None) -> Contender:
     summary = result.summary(Split.TEST, Metric.FORCES_MAE)
-    return Contender(optimizer=result.optimizer, values=summary.values if summary else {})
-
-
-def to_json(record: object) -> Any:
-    """A record as plain JSON data; infinite numbers become the strings ``"inf"`` and ``"-inf"``, NaN is refused.
-
-    Raises:
-        ValueError: a NaN reached the record.
-    """
-    if is_dataclass(record):
-        return {field.name: to_json(getattr(record, field.name)) for field in fields(record)}
-    if isinstance(record, dict):
-        return {str(name): to_json(value) for name, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [to_json(value) for value in record]
-    if isinstance(record, float):
-        return _json_float(record)
-    return record.value if isinstance(record, StrEnum) else record
-
-
-def _json_float(number: float) -> float | str:
-    if math.isnan(number):
-        raise ValueError("ranking: found NaN, allowed: a number or inf")
-    return float(number) if math.isfinite(number) else "inf" if number > 0.0 else "-inf"
+    return Contender(optimizer=result.optimizer, values=summary.values if summary else {}, search=search)

@@ -45,32 +45,29 @@ def joint_places(first: Indices, second: Indices, drawn: int, places: int) -> Fl
     probabilities; what lies beyond the last place is added to it.
 
     Args:
-        first: configuration numbers in the first arm's order, shape (N,).
+        first: configuration numbers in the first arm's order, shape (..., N).
         second: likewise for the second arm, the same numbers in another order.
         drawn: number n of configurations in a draw.
-        places: how many leading places are told apart.
+        places: how many leading places are told apart, at most N.
 
     Returns:
-        Shape (places, places), summing to 1.
+        Shape (..., places, places), summing to 1.
 
     Raises:
         ValueError: the arms do not have the same configurations.
     """
-    number = len(first)
-    if sorted(first.tolist()) != sorted(second.tolist()):
+    number = first.shape[-1]
+    if first.shape != second.shape or not np.array_equal(np.sort(first, axis=-1), np.sort(second, axis=-1)):
         raise ValueError("joint_places: found arms with different configurations, allowed: the same in both")
-    place_in_second = {int(config): place for place, config in enumerate(second)}
-    inside = np.zeros((places + 1, places + 1), dtype=np.float64)
-    for place, config in enumerate(first[:places]):
-        other = place_in_second[int(config)]
-        inside[place + 1 :, other + 1 :] += 1.0
+    same = (first[..., :places, None] == second[..., None, :places]).astype(np.float64)
+    inside = np.zeros((*same.shape[:-2], places + 1, places + 1), dtype=np.float64)
+    inside[..., 1:, 1:] = same.cumsum(axis=-1).cumsum(axis=-2)
     depth = np.arange(places + 1, dtype=np.float64)
-    union = np.minimum(depth[:, None] + depth[None, :] - inside, number)
+    union = depth[:, None] + depth[None, :] - inside
     none_drawn = np.power((number - union) / number, drawn)
-    none_drawn[-1, :] = none_drawn[:, -1] = 0.0
-    return np.asarray(
-        none_drawn[:-1, :-1] - none_drawn[1:, :-1] - none_drawn[:-1, 1:] + none_drawn[1:, 1:], dtype=np.float64
-    )
+    none_drawn[..., -1, :] = none_drawn[..., :, -1] = 0.0
+    upper, lower = none_drawn[..., :-1, :], none_drawn[..., 1:, :]
+    return np.asarray((upper - lower)[..., :-1] - (upper - lower)[..., 1:], dtype=np.float64)
 
 
 def search_variance(differences: Floats, weights: Floats) -> Floats:
