@@ -9,13 +9,13 @@ import numpy as np
 from analysis.nested_bootstrap import difference_interval, redraw
 from analysis.power import EQUIVALENCE_TAIL, seeds_to_equivalence, seeds_to_resolve
 from analysis.reselection import SEARCH_DEGREES, Search, paired_search_variance
-from analysis.seed_intervals import Estimate, bounds, estimate, p_value, seed_interval, widened
+from analysis.seed_intervals import Estimate, bounds, ends, estimate, p_value, seed_interval, widened
 from analysis.statistics import MINIMUM_RUNS, Floats, Interval, iqm, paired_differences
 from analysis.workload_tests import probability_of_improvement
 
 EQUIVALENCE = 2.0 * EQUIVALENCE_TAIL - 1.0
 """Confidence of the interval that must lie inside the region of practical equivalence: two tests at 5 % each."""
-LIMIT_BY_SEARCH = 3.182
+LIMIT_BY_SEARCH = 2.776
 """Student's 97.5 % quantile with `SEARCH_DEGREES`: the multiple of the search's error that no number of seeds beats."""
 
 
@@ -109,7 +109,7 @@ def compare(first: Contender, second: Contender, seed: int) -> Comparison:
         first=first.optimizer,
         second=second.optimizer,
         difference=centre,
-        interval=_interval(claim, differences),
+        interval=None if claim is None else _interval(*ends(claim, differences)),
         seeds_interval=seed_interval(differences),
         redrawn=redrawn,
         redrawn_unconfirmed=unconfirmed,
@@ -118,7 +118,7 @@ def compare(first: Contender, second: Contender, seed: int) -> Comparison:
         seed_error=None if own is None else float(own.error),
         search_error=search_error,
         rope=rope,
-        equivalence=None if claim is None else _ends(claim, EQUIVALENCE),
+        equivalence=None if claim is None else _interval(*bounds(claim, EQUIVALENCE)),
         improvement=probability_of_improvement([ours], [theirs]) if common else None,
         seeds_to_resolve=seeds_to_resolve(centre, deviation),
         seeds_to_tie=None if rope is None else seeds_to_equivalence(centre, deviation, rope),
@@ -139,14 +139,7 @@ def _with_search(own: Estimate | None, variance: float | None) -> Estimate | Non
     return widened(own, np.asarray(variance, dtype=np.float64), SEARCH_DEGREES)
 
 
-def _interval(claim: Estimate | None, differences: Floats) -> Interval | None:
-    if claim is None:
-        return None
-    return seed_interval(differences) if np.isinf(claim.error) else _ends(claim)
-
-
-def _ends(of: Estimate, *confidence: float) -> Interval:
-    low, high = bounds(of, *confidence)
+def _interval(low: Floats, high: Floats) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 

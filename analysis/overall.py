@@ -10,7 +10,7 @@ import numpy as np
 from analysis.nested_bootstrap import Redrawn, pooled
 from analysis.power import workloads_to_resolve
 from analysis.stability import LeftOut, leave_one_out
-from analysis.statistics import Floats, Interval, percentile_interval
+from analysis.statistics import DRAWS, Floats, Interval, percentile_interval
 from analysis.verdict import Decision, Verdict
 from analysis.wording import listed, number
 from analysis.workload_tests import (
@@ -94,7 +94,7 @@ class Overall:
     stable: bool
 
 
-def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int) -> Overall:
+def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int, draws: int = DRAWS) -> Overall:
     """Say what holds over all workloads.
 
     With six workloads or more a winner needs Wilcoxon's test with Holm's correction against every other optimizer and
@@ -106,6 +106,7 @@ def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int) -> Overall
     Args:
         workloads: at least one.
         seed: seed of every draw.
+        draws: number of draws of the Bayesian test.
     """
     names = [name for name in workloads[0].errors if all(name in workload.errors for workload in workloads)]
     exploratory = any(workload.decision.verdict is Verdict.EXPLORATORY for workload in workloads)
@@ -115,7 +116,7 @@ def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int) -> Overall
         return _overall(verdict, sentence, workloads, {}, (), ())
     table = _logs({name: np.array([w.errors[name] for w in workloads], dtype=np.float64) for name in names})
     order = _order(table)
-    comparisons = _compare(workloads, table, order, seed)
+    comparisons = _compare(workloads, table, order, seed, draws)
     ratios = {name: _geometric(table[name] - table[order[0]]) for name in order}
     left_out = leave_one_out(table, _order)
     verdict, tied, sentence = _decide(workloads, comparisons, order)
@@ -160,7 +161,7 @@ def _decide_by_each(workloads: Sequence[WorkloadErrors], first: str, lead: str) 
 
 
 def _compare(
-    workloads: Sequence[WorkloadErrors], table: Mapping[str, Floats], order: Sequence[str], seed: int
+    workloads: Sequence[WorkloadErrors], table: Mapping[str, Floats], order: Sequence[str], seed: int, draws: int
 ) -> tuple[OverallComparison, ...]:
     first = order[0]
     differences = {name: table[first] - table[name] for name in order[1:]}
@@ -177,7 +178,7 @@ def _compare(
             wilcoxon_p=raw[name] if tested else None,
             holm_p=adjusted[name] if tested else None,
             rope=(rope := _rope(workloads, first, name)),
-            bayes=bayesian_signed_rank(values, rope, seed=seed),
+            bayes=bayesian_signed_rank(values, rope, seed=seed, draws=draws),
             improvement=probability_of_improvement(
                 [workload.runs[first] for workload in workloads], [workload.runs[name] for workload in workloads]
             ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.arm_search import ArmSearch
 from analysis.comparison import Comparison
 from analysis.failure_rates import FailureRate
+from analysis.label_efficiency import LabelEfficiency, LabelPoint, LabelsNeeded
 from analysis.overall import Overall
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
@@ -35,7 +37,7 @@ def workload_tables(workload: WorkloadRanking) -> list[Table]:
 
 def study_tables(ranking: Ranking) -> list[Table]:
     """What holds over all workloads of a study."""
-    tables = (_overall(ranking.overall), _targets(ranking.targets))
+    tables = (_overall(ranking.overall), _targets(ranking.targets), *map(_labels, ranking.labels))
     return [table for table in tables if table.rows]
 
 
@@ -217,6 +219,37 @@ def _targets(targets: TargetScores) -> Table:
         ),
         rows=tuple(rows),
     )
+
+
+def _labels(labels: LabelEfficiency) -> Table:
+    columns = [f"{percent(fraction)} of labels" for fraction in labels.workloads]
+    return Table(
+        title=f"Force labels: {listed(labels.workloads.values())}",
+        note=f"Test force MAE, {MEV}, with its 95 % interval, by the share of frames with force labels. Labels needed: "
+        f"the share at which an optimizer reaches the error of {labels.baseline} with the most labels, linear between "
+        "shares, with its 95 % interval.",
+        columns=("optimizer", *columns, "labels needed", "95 %"),
+        rows=tuple(
+            (name, *_label_cells(labels, points), *_needed(labels.needed.get(name)))
+            for name, points in labels.curves.items()
+        ),
+    )
+
+
+def _label_cells(labels: LabelEfficiency, points: Sequence[LabelPoint]) -> list[str]:
+    cells = {point.fraction: f"{milli(point.iqm)} {milli_interval(point.interval)}" for point in points}
+    return [cells.get(fraction, ABSENT) for fraction in labels.workloads]
+
+
+def _needed(needed: LabelsNeeded | None) -> tuple[str, str]:
+    if needed is None:
+        return ABSENT, ABSENT
+    if needed.fraction is None:
+        return "more than measured", ABSENT
+    at_most = "at most " if needed.censored else ""
+    low = "0" if needed.low is None else percent(needed.low)
+    high = "more than measured" if needed.high is None else percent(needed.high)
+    return f"{at_most}{percent(needed.fraction)}", f"{low} to {high}"
 
 
 def _axis_words(axis: AxisScores | None, name: str) -> tuple[str, str]:

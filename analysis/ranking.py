@@ -13,6 +13,8 @@ from analysis.arm_search import ArmSearch, arm_search
 from analysis.checks import Check, run_checks
 from analysis.comparison import Comparison, Contender
 from analysis.completeness import left_no_candidate, missing_work
+from analysis.label_efficiency import LabelEfficiency
+from analysis.label_groups import label_efficiencies
 from analysis.ledger import ArmLedger, arm_ledger
 from analysis.load import Run
 from analysis.nested_bootstrap import Redrawn, redraw
@@ -150,6 +152,7 @@ class Ranking:
     checks: tuple[Check, ...]
     overall: Overall
     targets: TargetScores
+    labels: tuple[LabelEfficiency, ...]
     workloads: tuple[WorkloadRanking, ...]
 
 
@@ -176,7 +179,8 @@ def rank(run: Run) -> Ranking:
         },
         checks=checks,
         overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
-        targets=target_scores(run),
+        targets=(targets := target_scores(run)),
+        labels=label_efficiencies(run, {w.workload: _forces_by_seed(w) for w in workloads}, targets.baseline),
         workloads=workloads,
     )
 
@@ -262,6 +266,11 @@ def _workload_errors(run: Run, workload: WorkloadRanking) -> WorkloadErrors:
         decision=workload.decision,
         redrawn=_redrawn(run, workload.workload, runs),
     )
+
+
+def _forces_by_seed(workload: WorkloadRanking) -> dict[str, dict[int, float]]:
+    summaries = {arm.optimizer: arm.summary(Split.TEST, Metric.FORCES_MAE) for arm in workload.arms}
+    return {name: summary.values for name, summary in summaries.items() if summary is not None}
 
 
 def _relative_deviation(values: Floats) -> float | None:

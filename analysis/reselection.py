@@ -14,12 +14,20 @@ import numpy as np
 
 from analysis.statistics import Floats, Indices
 
-SEARCH_DEGREES = 3.0
+SEARCH_DEGREES = 4.0
 """Degrees of freedom of the search's variance: it rests on the few leading configurations of one search.
 
-By simulation (`benchmarks/verdict_calibration.py`): 3 keeps false winners at or below 5 % also where the search's luck
-is far larger than the seeds'; 5 would let up to 7 % through.
+By simulation (`benchmarks/verdict_calibration.py`): with 4 false winners stay at or below 5 % also where the search's
+luck is far larger than the seeds'; 5 lets 6 % through there.
 """
+EXCESS = 4.0 / 3.0
+"""How much a bootstrap exaggerates the variance of the best of n: 1.345 for exponential spacings of the best values.
+
+With q = 1/e the drawn best has place k with probability (1 - q) q^(k - 1), which gives a variance of
+q / (1 - q)^2 + q / (1 - q) - q^2 / (1 - q^2) squared spacings, where the true variance is one.
+"""
+FAILED_FACTOR = 1.5
+"""Weight of the variance over all confirmed configurations alike, where seeds failed; by the same simulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,27 @@ def search_variance(differences: Floats, weights: Floats) -> Floats:
     return np.asarray(np.where(broken, np.inf, np.maximum(of_means - noise, 0.0)), dtype=np.float64)
 
 
+def luck_of_search(
+    differences: Floats, weights: Floats, failed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+) -> Floats:
+    """Variance of a difference by the luck of the search, from `search_variance` without its known excess.
+
+    Selection puts configurations without a failed seed first. Where seeds of confirmed configurations failed, which of
+    them was selected is therefore luck of the seeds too, and at least the variance over all pairs alike is taken.
+
+    Args:
+        differences: as for `search_variance`, shape (..., k, l, seeds), failures bounded.
+        weights: as for `search_variance`, shape (..., k, l).
+        failed: whether a confirmed configuration of either arm has a failed seed, shape (...).
+
+    Returns:
+        Shape (...).
+    """
+    drawn = search_variance(differences, weights) / EXCESS
+    alike = FAILED_FACTOR * search_variance(differences, np.full_like(weights, 1.0 / np.prod(weights.shape[-2:])))
+    return np.asarray(np.where(failed, np.maximum(drawn, alike), drawn), dtype=np.float64)
+
+
 def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]) -> float | None:
     """Search variance of the difference of two arms over common seeds, from their confirmed configurations.
 
@@ -101,7 +130,7 @@ def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]
 
     Returns:
         ``None`` where there is nothing to re-select: fewer than two common configurations, a single confirmed one in
-        both arms, or fewer than two seeds that all confirmed configurations have.
+        both arms, or fewer than two seeds.
     """
     common = set(first.order) & set(second.order)
     ours, theirs = ([config for config in search.order if config in common] for search in (first, second))
@@ -115,16 +144,18 @@ def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]
     clipped = [np.minimum(_padded(table, places), finite.max()) for table in tables]
     weights = joint_places(np.array(ours, dtype=np.intp), np.array(theirs, dtype=np.intp), len(common), places)
     differences = clipped[0][:, None, :] - clipped[1][None, :, :]
-    return float(search_variance(differences, weights))
+    failed = np.asarray(any(np.isinf(table).any() for table in tables))
+    return float(luck_of_search(differences, weights, failed))
 
 
 def _table(search: Search, seeds: tuple[int, ...], common: set[int]) -> Floats:
-    """Errors of the confirmed configurations that have all seeds, in order, shape (configurations, seeds)."""
-    rows = [
-        [values[seed] for seed in seeds]
-        for config, values in zip(search.order, search.confirmed, strict=False)
-        if config in common and all(seed in values for seed in seeds)
-    ]
+    """Errors of the leading confirmed configurations, up to the first one that lacks a seed, shape (places, seeds)."""
+    rows: list[list[float]] = []
+    for config, values in zip(search.order, search.confirmed, strict=False):
+        if config in common:
+            if not all(seed in values for seed in seeds):
+                break
+            rows.append([values[seed] for seed in seeds])
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(seeds))
 
 

@@ -104,6 +104,23 @@ def bounds(of: Estimate, confidence: float = CONFIDENCE) -> tuple[Floats, Floats
     return low.astype(np.float64), high.astype(np.float64)
 
 
+def ends(of: Estimate, values: Floats) -> tuple[Floats, Floats]:
+    """Ends of 95 % intervals, each of shape (...), with a way out where failures leave no error.
+
+    There six runs or more have the interval of the median by its order statistics: lowest to highest value.
+
+    Args:
+        of: estimate from `values`, maybe widened.
+        values: the runs, shape (..., runs).
+    """
+    low, high = bounds(of)
+    if values.shape[-1] < SIGN_TEST_RUNS:
+        return low, high
+    unknown = np.isinf(of.error)
+    low = np.where(unknown, values.min(axis=-1), low)
+    return low.astype(np.float64), np.where(unknown, values.max(axis=-1), high).astype(np.float64)
+
+
 def half_width(of: Estimate, confidence: float = CONFIDENCE) -> Floats:
     """Half of the width of the intervals, shape (...)."""
     quantile = stats.t.ppf(0.5 + 0.5 * confidence, of.degrees)
@@ -124,19 +141,13 @@ def p_value(of: Estimate) -> Floats:
 def seed_interval(values: Floats) -> Interval | None:
     """95 % interval of the interquartile mean of errors, or of paired differences, of shape (runs,).
 
-    Where failures reach into the interquartile range, six runs or more have the interval of the median by its order
-    statistics (lowest to highest value); fewer have none and the ends are infinite.
-
     Returns:
         ``None`` for fewer than three runs.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < MINIMUM_RUNS:
         return None
-    found = estimate(values)
-    if np.isinf(found.error) and len(values) >= SIGN_TEST_RUNS:
-        return Interval(low=float(values.min()), high=float(values.max()))
-    low, high = bounds(found)
+    low, high = ends(estimate(values), values)
     return Interval(low=float(low), high=float(high))
 
 

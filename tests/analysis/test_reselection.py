@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.nested_bootstrap import Statistic, difference_interval, pooled, probability_of_lead, redraw
-from analysis.reselection import Search, joint_places, paired_search_variance, search_variance
+from analysis.reselection import EXCESS, Search, joint_places, paired_search_variance, search_variance
 
 INF = math.inf
 
@@ -83,6 +83,29 @@ def test_an_infinite_difference_that_may_be_selected_leaves_nothing_known() -> N
     assert float(search_variance(differences, weights)) == 0.0
     differences[0, 1] = -INF
     assert float(search_variance(differences, weights)) == INF
+
+
+def test_bootstrap_of_the_best_exaggerates_by_what_is_taken_off() -> None:
+    """Best of 400 with exponential spacings, one arm against a constant one: about 4/3 of the true variance of 1."""
+    generator = np.random.default_rng(8)
+    weights = joint_places(np.arange(400), np.arange(400), 400, 30)
+    alone = np.zeros_like(weights)
+    alone[:, 0] = weights.sum(axis=1)
+    best = generator.exponential(size=(3000, 30)).cumsum(axis=1)
+    differences = np.repeat(np.repeat(best[:, :, None, None], 30, axis=2), 2, axis=3)
+    assert search_variance(differences, np.broadcast_to(alone, (3000, 30, 30))).mean() == pytest.approx(1.345, abs=0.1)
+    assert pytest.approx(1.345, rel=0.01) == EXCESS
+
+
+def test_failed_seeds_make_the_search_less_certain() -> None:
+    errors = ({0: 1.0, 1: 1.1, 2: 1.2, 3: 1.0, 4: 1.3}, {0: 2.0, 1: 2.1, 2: 1.9, 3: 2.0, 4: 2.2})
+    plain = Search(order=(0, 1, 2), confirmed=errors, tuned=(3.0,))
+    failed = Search(order=(0, 1, 2), confirmed=(errors[0], {**errors[1], 3: INF}), tuned=(3.0,))
+    other = Search(order=(2, 1, 0), confirmed=errors, tuned=(3.0,))
+    finite, uncertain = (paired_search_variance(search, other, (0, 1, 2, 3, 4)) for search in (plain, failed))
+    assert finite is not None
+    assert uncertain is not None
+    assert uncertain > finite
 
 
 def test_identical_configurations_have_no_luck_and_a_single_one_no_variance() -> None:
