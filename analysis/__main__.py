@@ -11,10 +11,12 @@ from pathlib import Path
 
 from analysis.algoperf import Submission, score_folder
 from analysis.checks import Status
+from analysis.compare import Joined, JoinedArm, compare_sources
 from analysis.json_form import to_json
 from analysis.load import load
 from analysis.ranking import Ranking, rank
 from analysis.report import write_pages
+from analysis.wording import milli, milli_interval
 from tunebench.study.errors import RunError
 from tunebench.study.record import REPORT
 from tunebench.study.spec import StudyError
@@ -53,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m analysis",
         description="Rank a run's optimizers and write its report.",
-        epilog="other verbs: `python -m analysis algoperf DIR` scores evaluation logs of AlgoPerf. A run directory of "
-        "that name is written ./algoperf.",
+        epilog="other verbs: `python -m analysis compare RUN RUN ...` joins runs and tables; `python -m analysis "
+        "algoperf DIR` scores evaluation logs of AlgoPerf. A run directory of such a name is written ./compare.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, finished or not")
@@ -100,7 +102,41 @@ def _score_lines(found: Sequence[Submission]) -> str:
     )
 
 
-_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"algoperf": _algoperf}
+def _compare(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis compare",
+        description="Join runs and tables of results from elsewhere, workload by workload.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run directory, or a .csv or .parquet file of confirm results",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of sentences")
+    options = parser.parse_args(arguments)
+    joined = compare_sources(options.sources)
+    print(json.dumps(to_json(joined), ensure_ascii=False, allow_nan=False) if options.json else _joined_lines(joined))
+    return DONE
+
+
+def _joined_lines(joined: Joined) -> str:
+    lines = []
+    for workload in joined.workloads:
+        lines.append(f"{workload.workload}: {workload.decision.sentence}")
+        lines += [f"  {_arm_words(arm)}" for arm in workload.arms]
+        lines += [f"  note: {note}" for note in workload.notes]
+        lines += [f"  {advice}" for advice in workload.decision.resolve]
+    return "\n".join([*lines, f"overall: {joined.overall.sentence}"])
+
+
+def _arm_words(arm: JoinedArm) -> str:
+    return f"{arm.optimizer} ({arm.source}) {milli(arm.iqm)} {milli_interval(arm.interval)} meV/Å, {arm.n_seeds} seeds"
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"algoperf": _algoperf, "compare": _compare}
 
 
 if __name__ == "__main__":

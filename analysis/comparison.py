@@ -9,7 +9,7 @@ import numpy as np
 from analysis.nested_bootstrap import difference_interval, redraw
 from analysis.power import EQUIVALENCE_TAIL, seeds_to_equivalence, seeds_to_resolve
 from analysis.reselection import SEARCH_DEGREES, Search, paired_search_variance
-from analysis.seed_intervals import Estimate, bounds, ends, estimate, p_value, seed_interval, widened
+from analysis.seed_intervals import Estimate, bounded_differences, bounds, ends, estimate, p_value, widened
 from analysis.statistics import MINIMUM_RUNS, Floats, Interval, iqm, paired_differences
 from analysis.workload_tests import probability_of_improvement
 
@@ -41,7 +41,8 @@ class Comparison:
         interval: 95 % interval on which claims rest: seeds and, where `search_error` is known, the luck of the search;
             ``None`` (not available) for fewer than three pairs.
         seeds_interval: the same over seeds alone, for the configurations that were found.
-        redrawn: 95 % percentile interval of the nested bootstrap; ``None`` where the searches are not known.
+        redrawn: 95 % percentile interval of the nested bootstrap; ``None`` where the searches are not known,
+            or are not one search.
         redrawn_unconfirmed: largest share, over the two arms, of its draws that rest on a stage-1 value.
         n_pairs: seeds that both arms have ended, failed ones included.
         p: two-sided p that belongs to `interval`.
@@ -100,6 +101,7 @@ def compare(first: Contender, second: Contender, seed: int) -> Comparison:
     own = estimate(differences) if known else None
     variance = _search_variance(first, second, common) if known else None
     claim = _with_search(own, variance)
+    safe = estimate(bounded_differences(ours, theirs)) if known else None
     rope = _pooled_deviation(ours, theirs)
     redrawn, unconfirmed = _redrawn(first, second, common, seed) if known else (None, None)
     centre = float(iqm(differences)) if common else 0.0
@@ -109,16 +111,16 @@ def compare(first: Contender, second: Contender, seed: int) -> Comparison:
         first=first.optimizer,
         second=second.optimizer,
         difference=centre,
-        interval=None if claim is None else _interval(*ends(claim, differences)),
-        seeds_interval=seed_interval(differences),
+        interval=_interval(claim, differences, _with_search(safe, variance)),
+        seeds_interval=_interval(own, differences, safe),
         redrawn=redrawn,
         redrawn_unconfirmed=unconfirmed,
         n_pairs=len(common),
-        p=None if claim is None else float(p_value(claim)),
+        p=_p(claim, differences, _with_search(safe, variance)),
         seed_error=None if own is None else float(own.error),
         search_error=search_error,
         rope=rope,
-        equivalence=None if claim is None else _interval(*bounds(claim, EQUIVALENCE)),
+        equivalence=None if claim is None else _plain_interval(*bounds(claim, EQUIVALENCE)),
         improvement=probability_of_improvement([ours], [theirs]) if common else None,
         seeds_to_resolve=seeds_to_resolve(centre, deviation),
         seeds_to_tie=None if rope is None else seeds_to_equivalence(centre, deviation, rope),
@@ -139,8 +141,20 @@ def _with_search(own: Estimate | None, variance: float | None) -> Estimate | Non
     return widened(own, np.asarray(variance, dtype=np.float64), SEARCH_DEGREES)
 
 
-def _interval(low: Floats, high: Floats) -> Interval:
+def _interval(of: Estimate | None, differences: Floats, safe: Estimate | None) -> Interval | None:
+    return None if of is None or safe is None else _plain_interval(*ends(of, differences, safe))
+
+
+def _plain_interval(low: Floats, high: Floats) -> Interval:
     return Interval(low=float(low), high=float(high))
+
+
+def _p(of: Estimate | None, differences: Floats, safe: Estimate | None) -> float | None:
+    """Two-sided p; where failures leave no error, that of the bounded differences if those of one arm alone failed."""
+    if of is None or safe is None:
+        return None
+    one_sided = not (np.isposinf(differences).any() and np.isneginf(differences).any())
+    return float(p_value(safe if np.isinf(of.error) and one_sided else of))
 
 
 def _pooled_deviation(first: Floats, second: Floats) -> float | None:
@@ -154,7 +168,7 @@ def _pooled_deviation(first: Floats, second: Floats) -> float | None:
 def _redrawn(
     first: Contender, second: Contender, seeds: tuple[int, ...], seed: int
 ) -> tuple[Interval | None, float | None]:
-    if first.search is None or second.search is None or not first.search.order or not second.search.order:
+    if first.search is None or second.search is None or first.search.source != second.search.source:
         return None, None
     found = redraw({"first": first.search, "second": second.search}, seeds, seed=seed)
     return difference_interval(found, "first", "second"), max(found.flagged.values())

@@ -38,11 +38,13 @@ class Search:
         order: configuration numbers, the one that selection prefers first; confirmed ones lead.
         confirmed: test error by seed index of each confirmed configuration, in the same order; ``inf`` for a failure.
         tuned: stage-1 stand-in for the test error of the others, in the same order; ``inf`` for a failure.
+        source: where the search was made; searches of different sources drew their configurations independently.
     """
 
     order: tuple[int, ...]
     confirmed: tuple[dict[int, float], ...]
     tuned: tuple[float, ...]
+    source: str = ""
 
 
 def joint_places(first: Indices, second: Indices, drawn: int, places: int) -> Floats:
@@ -76,6 +78,22 @@ def joint_places(first: Indices, second: Indices, drawn: int, places: int) -> Fl
     none_drawn[..., -1, :] = none_drawn[..., :, -1] = 0.0
     upper, lower = none_drawn[..., :-1, :], none_drawn[..., 1:, :]
     return np.asarray((upper - lower)[..., :-1] - (upper - lower)[..., 1:], dtype=np.float64)
+
+
+def places_alone(number: int, drawn: int, places: int) -> Floats:
+    """Probability that the best drawn configuration of one arm has place k: ``((N-k)/N)^n - ((N-k-1)/N)^n``.
+
+    Args:
+        number: number N of configurations.
+        drawn: number n of configurations in a draw.
+        places: how many leading places are told apart, at most N; what lies beyond is added to the last one.
+
+    Returns:
+        Shape (places,), summing to 1.
+    """
+    none_drawn = np.power((number - np.arange(places + 1, dtype=np.float64)) / number, drawn)
+    none_drawn[-1] = 0.0
+    return np.asarray(none_drawn[:-1] - none_drawn[1:], dtype=np.float64)
 
 
 def search_variance(differences: Floats, weights: Floats) -> Floats:
@@ -129,23 +147,36 @@ def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]
     arms, for an infinite one would say that nothing at all is known.
 
     Returns:
-        ``None`` where there is nothing to re-select: fewer than two common configurations, a single confirmed one in
-        both arms, or fewer than two seeds.
+        ``None`` where there is nothing to re-select: fewer than two configurations to draw from, a single confirmed one
+        in both arms, or fewer than two seeds.
     """
+    together = first.source == second.source
     common = set(first.order) & set(second.order)
-    ours, theirs = ([config for config in search.order if config in common] for search in (first, second))
-    tables = [_table(search, seeds, common) for search in (first, second)]
-    if len(common) < 2 or len(seeds) < 2 or min(map(len, tables)) == 0 or max(map(len, tables)) < 2:
+    kept = (common, common) if together else (set(first.order), set(second.order))
+    tables = [_table(search, seeds, own) for search, own in zip((first, second), kept, strict=True)]
+    if min(map(len, kept)) < 2 or len(seeds) < 2 or min(map(len, tables)) == 0 or max(map(len, tables)) < 2:
         return None
     finite = np.concatenate([table[np.isfinite(table)] for table in tables])
     if not len(finite):
         return None
-    places = max(map(len, tables))
+    places = min(max(map(len, tables)), *map(len, kept))
     clipped = [np.minimum(_padded(table, places), finite.max()) for table in tables]
-    weights = joint_places(np.array(ours, dtype=np.intp), np.array(theirs, dtype=np.intp), len(common), places)
+    weights = _common_places(first, second, common, places) if together else _independent_places(first, second, places)
     differences = clipped[0][:, None, :] - clipped[1][None, :, :]
     failed = np.asarray(any(np.isinf(table).any() for table in tables))
     return float(luck_of_search(differences, weights, failed))
+
+
+def _common_places(first: Search, second: Search, common: set[int], places: int) -> Floats:
+    ours, theirs = (
+        np.array([config for config in search.order if config in common], dtype=np.intp) for search in (first, second)
+    )
+    return joint_places(ours, theirs, len(common), places)
+
+
+def _independent_places(first: Search, second: Search, places: int) -> Floats:
+    ours, theirs = (places_alone(len(search.order), len(search.order), places) for search in (first, second))
+    return np.asarray(ours[:, None] * theirs[None, :], dtype=np.float64)
 
 
 def _table(search: Search, seeds: tuple[int, ...], common: set[int]) -> Floats:
@@ -160,7 +191,7 @@ def _table(search: Search, seeds: tuple[int, ...], common: set[int]) -> Floats:
 
 
 def _padded(table: Floats, places: int) -> Floats:
-    return np.concatenate([table, np.repeat(table[-1:], places - len(table), axis=0)])
+    return np.concatenate([table, np.repeat(table[-1:], max(places - len(table), 0), axis=0)])[:places]
 
 
 def _variance(values: Floats, weights: Floats) -> Floats:

@@ -15,8 +15,6 @@ from scipy import stats
 
 from analysis.statistics import CONFIDENCE, MINIMUM_RUNS, TRIMMED, Floats, Interval, iqm
 
-SIGN_TEST_RUNS = 6
-"""From here on the lowest and the highest value hold the median in more than 95 % of studies: 1 - 2^(1 - n)."""
 _NULL_DRAWS = 4_000_000
 _NULL_SEED = 20261122
 
@@ -104,21 +102,34 @@ def bounds(of: Estimate, confidence: float = CONFIDENCE) -> tuple[Floats, Floats
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def ends(of: Estimate, values: Floats) -> tuple[Floats, Floats]:
-    """Ends of 95 % intervals, each of shape (...), with a way out where failures leave no error.
+def ends(of: Estimate, differences: Floats, bounded: Estimate) -> tuple[Floats, Floats]:
+    """Ends of 95 % intervals of paired differences, each of shape (...), with a way out where failures leave no error.
 
-    There six runs or more have the interval of the median by its order statistics: lowest to highest value.
+    There the differences with failures bounded by the worst finite error speak, which makes the failing arm look better
+    than it is: the interval stays open on its side, and the other end is on the safe one.
 
     Args:
-        of: estimate from `values`, maybe widened.
-        values: the runs, shape (..., runs).
+        of: estimate from `differences`, maybe widened.
+        differences: shape (..., runs), ``-inf`` where the second arm failed alone, ``inf`` where the first one did.
+        bounded: estimate from the differences with failures bounded, widened alike.
     """
     low, high = bounds(of)
-    if values.shape[-1] < SIGN_TEST_RUNS:
-        return low, high
     unknown = np.isinf(of.error)
-    low = np.where(unknown, values.min(axis=-1), low)
-    return low.astype(np.float64), np.where(unknown, values.max(axis=-1), high).astype(np.float64)
+    if not unknown.any():
+        return low, high
+    safe_low, safe_high = bounds(bounded)
+    open_low, open_high = np.isneginf(differences).any(axis=-1), np.isposinf(differences).any(axis=-1)
+    low = np.where(unknown, np.where(open_low, -np.inf, safe_low), low)
+    high = np.where(unknown, np.where(open_high, np.inf, safe_high), high)
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def bounded_differences(first: Floats, second: Floats) -> Floats:
+    """First minus second arm with every failure as the worst finite error of the two, shape (..., runs)."""
+    both = np.concatenate([first, second], axis=-1)
+    worst = np.where(np.isfinite(both), both, -np.inf).max(axis=-1, keepdims=True)
+    worst = np.where(np.isfinite(worst), worst, 0.0)
+    return np.asarray(np.minimum(first, worst) - np.minimum(second, worst), dtype=np.float64)
 
 
 def half_width(of: Estimate, confidence: float = CONFIDENCE) -> Floats:
@@ -142,12 +153,12 @@ def seed_interval(values: Floats) -> Interval | None:
     """95 % interval of the interquartile mean of errors, or of paired differences, of shape (runs,).
 
     Returns:
-        ``None`` for fewer than three runs.
+        ``None`` for fewer than three runs; infinite ends where failures reach into the interquartile range.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < MINIMUM_RUNS:
         return None
-    low, high = ends(estimate(values), values)
+    low, high = bounds(estimate(values))
     return Interval(low=float(low), high=float(high))
 
 

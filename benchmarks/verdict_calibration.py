@@ -28,7 +28,7 @@ from analysis.comparison import EQUIVALENCE
 from analysis.overall import WorkloadErrors, decide_overall
 from analysis.power import paired_power
 from analysis.reselection import SEARCH_DEGREES, joint_places, luck_of_search
-from analysis.seed_intervals import Estimate, bounds, ends, estimate, widened
+from analysis.seed_intervals import bounded_differences, bounds, ends, estimate, widened
 from analysis.statistics import Floats, Indices, iqm, paired_differences
 from analysis.verdict import MINIMUM_SEEDS, Decision, Verdict
 
@@ -47,6 +47,9 @@ BAYES_DRAWS = 1000
 DIFFERENCES = {"tie": 0.0, "small": 0.5, "medium": 1.0, "large": 2.0}
 SEEDS = (3, 5, 8, 10)
 WORKLOADS = (2, 4, 8)
+
+
+Ends = tuple[Floats, Floats]
 
 
 class Noise(StrEnum):
@@ -146,26 +149,23 @@ def judge(studies: Studies, generator: np.random.Generator, *, minimum_seeds: in
     rows, seeds = np.arange(len(order)), studies.errors.shape[-1]
     beaten, alike = [], []
     for place in range(1, order.shape[1]):
-        _, claim = _claims(studies, rows, order[:, 0], order[:, place])
-        low, high = bounds(claim, EQUIVALENCE)
+        _, claim, (low, high) = _intervals(studies, rows, order[:, 0], order[:, place])
         rope = _rope(studies, rows, order[:, 0], order[:, place])
-        differences = _differences(studies, rows, order[:, 0], order[:, place])
-        beaten.append(ends(claim, differences)[1] < 0.0)
+        beaten.append(claim[1] < 0.0)
         alike.append((-rope < low) & (high < rope))
     enough = seeds >= minimum_seeds
     wins = np.all(beaten, axis=0) & enough
     ties = np.all(np.array(beaten) | np.array(alike), axis=0) & ~wins & enough
     zero, one = np.zeros_like(rows), np.ones_like(rows)
-    own, claim = _claims(studies, rows, zero, one)
-    differences = _differences(studies, rows, zero, one)
+    own, claim, _ = _intervals(studies, rows, zero, one)
     truth, found = (values[:, 0] - values[:, 1] for values in (studies.truth, studies.found))
     finite = np.isfinite(studies.errors[:, :2, 0]).all(axis=(1, 2))
     percentile = _percentile(studies.errors[finite, 0, 0] - studies.errors[finite, 1, 0], generator)
     return Judged(
         winner=np.where(wins, order[:, 0], -1),
         tie=ties,
-        covered=_coverage(ends(claim, differences), truth),
-        covered_found=_coverage(ends(own, differences), found),
+        covered=_coverage(claim, truth),
+        covered_found=_coverage(own, found),
         covered_percentile=_coverage(percentile, found[finite]),
     )
 
@@ -359,21 +359,20 @@ def _selection_order(validation: Floats) -> Indices:
     return np.argsort(1e6 * failed.sum(axis=-1) + mean, axis=-1, kind="stable")
 
 
-def _claims(studies: Studies, rows: Indices, first: Indices, second: Indices) -> tuple[Estimate, Estimate]:
-    """Estimates over seeds alone, and over seeds and search, of first minus second arm."""
+def _intervals(studies: Studies, rows: Indices, first: Indices, second: Indices) -> tuple[Ends, Ends, Ends]:
+    """95 % ends over seeds alone, over seeds and search, and the equivalence ends, of first minus second arm."""
     ours, theirs = studies.errors[rows, first], studies.errors[rows, second]
-    own = estimate(paired_differences(ours[:, 0], theirs[:, 0]))
+    differences = paired_differences(ours[:, 0], theirs[:, 0])
+    own, safe = estimate(differences), estimate(bounded_differences(ours[:, 0], theirs[:, 0]))
     weights = joint_places(studies.orders[rows, first], studies.orders[rows, second], CONFIGURATIONS, TOP_K)
     both = np.concatenate([ours, theirs], axis=1)
     worst = np.where(np.isfinite(both), both, -np.inf).max(axis=(1, 2))[:, None, None]
     clipped = (np.minimum(ours, worst)[:, :, None], np.minimum(theirs, worst)[:, None])
     variance = luck_of_search(clipped[0] - clipped[1], weights, np.isinf(both).any(axis=(1, 2)))
     usable = np.isfinite(own.centre) & np.isfinite(own.error)
-    return own, widened(own, np.where(usable, variance, 0.0), SEARCH_DEGREES)
-
-
-def _differences(studies: Studies, rows: Indices, first: Indices, second: Indices) -> Floats:
-    return paired_differences(studies.errors[rows, first, 0], studies.errors[rows, second, 0])
+    claim = widened(own, np.where(usable, variance, 0.0), SEARCH_DEGREES)
+    wider = widened(safe, variance, SEARCH_DEGREES)
+    return ends(own, differences, safe), ends(claim, differences, wider), bounds(claim, EQUIVALENCE)
 
 
 def _rope(studies: Studies, rows: Indices, first: Indices, second: Indices) -> Floats:

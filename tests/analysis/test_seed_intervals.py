@@ -8,8 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.seed_intervals import Estimate, bounds, estimate, p_value, seed_interval, widened
-from analysis.statistics import Interval
+from analysis.seed_intervals import (
+    Estimate,
+    bounded_differences,
+    bounds,
+    ends,
+    estimate,
+    p_value,
+    seed_interval,
+    widened,
+)
+from analysis.statistics import Interval, paired_differences
 
 INF = math.inf
 
@@ -55,8 +64,20 @@ def test_a_failure_that_is_cut_leaves_a_finite_but_wide_interval() -> None:
 def test_failures_inside_the_interquartile_range() -> None:
     assert seed_interval(np.array([1.0, 2.0, INF])) == Interval(low=-INF, high=INF)
     assert seed_interval(np.array([-INF, -INF, -1.0, -2.0, -3.0])) == Interval(low=-INF, high=INF)
-    # Six pairs of one sign: the median's interval by order statistics, 1 - 2 / 64 = 97 %.
-    assert seed_interval(np.array([-INF, -INF, -INF, -1.0, -2.0, -3.0])) == Interval(low=-INF, high=-1.0)
+
+
+def test_failures_of_one_arm_bounded_by_the_worst_finite_error_leave_its_side_open() -> None:
+    first, second = np.array([1.0, 1.1, 1.2, 1.0, 1.1]), np.array([4.0, INF, INF, 5.0, 4.5])
+    bounded = bounded_differences(first, second)
+    np.testing.assert_allclose(bounded, [-3.0, -3.9, -3.8, -4.0, -3.4])
+    differences = paired_differences(first, second)
+    low, high = ends(estimate(differences), differences, estimate(bounded))
+    assert float(low) == -INF
+    assert float(high) == pytest.approx(float(bounds(estimate(bounded))[1]))
+    turned = [float(end) for end in ends(estimate(-differences), -differences, estimate(-bounded))]
+    assert turned == [-float(high), INF]
+    mixed = np.array([-INF, INF, -1.0])
+    assert [float(end) for end in ends(estimate(mixed), mixed, estimate(np.zeros(3)))] == [-INF, INF]
 
 
 def test_runs_that_all_agree_are_certain() -> None:
