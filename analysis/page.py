@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import wording
+from analysis.arm_result import ArmResult
 from analysis.comparison import Comparison
 from analysis.figure_style import colour
 from analysis.ledger import ledgers, spread
 from analysis.load import Run
 from analysis.page_tables import Table, study_tables, workload_tables
-from analysis.ranking import ArmResult, Ranking, WorkloadRanking
+from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
 from analysis.verdict import MINIMUM_SEEDS
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from analysis.arm_result import ArmResult, Summary
 from analysis.figure_style import REASON_COLOURS, REASON_WORDS, WIDTH_INCHES, colour, marker
 from analysis.learning_curve import LearningCurve, learning_curve
 from analysis.ledger import FAILURES
 from analysis.load import Run
-from analysis.ranking import ArmResult, Summary, WorkloadRanking
+from analysis.ranking import WorkloadRanking
 from analysis.step_costs import time_axis
 from analysis.tuning_curve import ended_value, tuning_curve
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord

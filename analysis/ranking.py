@@ -2,117 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from analysis.arm_search import ArmSearch, arm_search
+from analysis.arm_result import ArmResult, arm_result
 from analysis.checks import Check, run_checks
 from analysis.comparison import Comparison, Contender
-from analysis.completeness import left_no_candidate, missing_work
+from analysis.completeness import missing_work
 from analysis.label_efficiency import LabelEfficiency
 from analysis.label_groups import label_efficiencies
-from analysis.ledger import ArmLedger, arm_ledger
 from analysis.load import Run
-from analysis.nested_bootstrap import Redrawn, redraw
-from analysis.overall import Overall, WorkloadErrors, decide_overall
+from analysis.overall import Overall, decide_overall
 from analysis.pareto import ParetoPoint, pareto_front
 from analysis.reselection import Search
-from analysis.search_results import search_of, test_per_validation
-from analysis.seed_intervals import seed_interval
-from analysis.selection import (
-    POLICY,
-    Candidate,
-    best_candidate,
-    confirm_candidates,
-    error_of,
-    mean_validation,
-    rule_shares,
-)
-from analysis.statistics import Floats, Interval, iqm, median
-from analysis.step_costs import TimeAxis, step_time, time_axis
+from analysis.search_results import searches_of
+from analysis.step_costs import TimeAxis, time_axis
 from analysis.targets import TargetScores, target_scores
 from analysis.verdict import Decision, decide
+from analysis.workload_errors import forces_by_seed, workload_errors
 from analysis.workload_tests import holm
-from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
+from tunebench.study.record import Metric, Reason, Split, Stage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
-from tunebench.study.step_times import StepTime
 
 SCHEMA_VERSION = 2
-ERROR_METRICS = (
-    Metric.ENERGY_PER_ATOM_MAE,
-    Metric.ENERGY_PER_ATOM_RMSE,
-    Metric.FORCES_MAE,
-    Metric.FORCES_RMSE,
-    Metric.STRESS_MAE,
-    Metric.STRESS_RMSE,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One error over the seeds of an arm's best configuration (lower is better), eV/atom, eV/Å or eV/Å³.
-
-    Attributes:
-        split: ``test`` or ``ood:NAME``. readout: a `Readout`, or ``policy`` for the study's own choice.
-        values: error by seed index, ``inf`` for a failed seed.
-        interval: 95 % studentized interval of the IQM; ``None`` (not available) for fewer than three seeds.
-    """
-
-    split: str
-    readout: str
-    metric: Metric
-    values: dict[int, float]
-    median: float
-    mean: float
-    iqm: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmResult:
-    """What the confirm stage says of one arm.
-
-    Attributes:
-        rank: place by IQM of the test force error; ``None`` when nothing is ranked.
-        planned_seeds: seeds that the study plans for each configuration.
-        n_seeds: ended seeds of the best configuration, failed ones included.
-        failed_seeds: seed index -> reason. missing_seeds: seeds that have not ended.
-        n_configs: configurations with at least one ended confirm trial.
-        config_index: the best configuration, chosen on validation; ``None`` before the first confirm trial has ended.
-        validation_objective: its mean over seeds, lower is better.
-        step_time: mean seconds of its step alone on the device; ``None`` where it was not calibrated.
-        rule_shares: share of the weights by realised update rule. own_share: share under the arm's own rule.
-        left_no_candidate: no configuration survived the tune stage, so every planned seed counts as failed.
-    """
-
-    optimizer: str
-    rank: int | None
-    planned_seeds: int
-    n_seeds: int
-    failed_seeds: dict[int, str]
-    missing_seeds: tuple[int, ...]
-    n_configs: int
-    config_index: int | None
-    params: dict[str, Any]
-    validation_objective: float | None
-    step_time: StepTime | None
-    rule_shares: dict[str, float]
-    own_share: float | None
-    left_no_candidate: bool
-    errors: tuple[Summary, ...]
-    tune: ArmLedger
-    confirm: ArmLedger
-    search: ArmSearch
-
-    def summary(self, split: str, metric: Metric, readout: str = POLICY) -> Summary | None:
-        """The arm's errors of one kind, ``None`` where none were measured."""
-        found = (s for s in self.errors if (s.split, s.readout, s.metric) == (split, readout, metric))
-        return next(found, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +75,7 @@ def rank(run: Run) -> Ranking:
     """Rank every workload of a run by its confirm stage; selection reads validation, ranking reads test."""
     checks = run_checks(run)
     workloads = _with_family_p([_rank_workload(run, name, checks) for name in run.workloads])
-    errors = [_workload_errors(run, workload) for workload in workloads]
+    errors = [workload_errors(run, w.workload, w.arms, w.decision) for w in workloads]
     return Ranking(
         schema_version=SCHEMA_VERSION,
         study=run.study.name,
@@ -180,17 +95,17 @@ def rank(run: Run) -> Ranking:
         checks=checks,
         overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
         targets=(targets := target_scores(run)),
-        labels=label_efficiencies(run, {w.workload: _forces_by_seed(w) for w in workloads}, targets.baseline),
+        labels=label_efficiencies(run, {w.workload: forces_by_seed(w.arms) for w in workloads}, targets.baseline),
         workloads=workloads,
     )
 
 
 def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> WorkloadRanking:
-    results = [_arm_result(run, workload, optimizer) for optimizer in run.optimizers]
+    results = [arm_result(run, workload, optimizer) for optimizer in run.optimizers]
     missing = missing_work(run, workload)
     exploratory = run.study.tune.sampler is Sampler.TPE
     arms = tuple(results) if exploratory else _ordered(results)
-    searches = _searches(run, workload)
+    searches = searches_of(run, workload)
     decision, comparisons = decide(
         [_contender(result, searches.get(result.optimizer)) for result in arms],
         exploratory=exploratory,
@@ -234,12 +149,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _searches(run: Run, workload: str) -> dict[str, Search]:
-    factor = test_per_validation(run, workload)
-    found = {optimizer: search_of(run, workload, optimizer, factor) for optimizer in run.optimizers}
-    return {optimizer: search for optimizer, search in found.items() if search is not None}
-
-
 def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoPoint, ...]:
     axis = time_axis(run, workload)
     errors = {arm.optimizer: s.iqm for arm in arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
@@ -252,121 +161,6 @@ def _run_cost(run: Run, workload: str, arm: ArmResult, axis: TimeAxis) -> float 
     trials = run.arm(workload, arm.optimizer, Stage.CONFIRM)
     own = [t for t in trials if t.key.config_index == arm.config_index and t.reason is Reason.FINISHED]
     return float(np.median([axis.of_trial(trial) for trial in own])) if own else None
-
-
-def _workload_errors(run: Run, workload: WorkloadRanking) -> WorkloadErrors:
-    """What the overall verdict needs of a workload; arms without a measured error take no part in it."""
-    found = {arm.optimizer: s for arm in workload.arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
-    runs = {name: np.array(list(summary.values.values()), dtype=np.float64) for name, summary in found.items()}
-    return WorkloadErrors(
-        workload=workload.workload,
-        errors={name: summary.iqm for name, summary in found.items()},
-        runs=runs,
-        deviation={name: share for name, values in runs.items() if (share := _relative_deviation(values)) is not None},
-        decision=workload.decision,
-        redrawn=_redrawn(run, workload.workload, runs),
-    )
-
-
-def _forces_by_seed(workload: WorkloadRanking) -> dict[str, dict[int, float]]:
-    summaries = {arm.optimizer: arm.summary(Split.TEST, Metric.FORCES_MAE) for arm in workload.arms}
-    return {name: summary.values for name, summary in summaries.items() if summary is not None}
-
-
-def _relative_deviation(values: Floats) -> float | None:
-    finite = values[np.isfinite(values)]
-    return float(finite.std(ddof=1) / finite.mean()) if len(finite) > 1 and finite.mean() > 0.0 else None
-
-
-def _redrawn(run: Run, workload: str, runs: dict[str, Floats]) -> Redrawn | None:
-    searches = _searches(run, workload)
-    if not runs or set(searches) != set(runs):
-        return None
-    seeds = sorted(set.intersection(*(set(search.confirmed[0]) for search in searches.values())))
-    if not seeds:
-        return None
-    return redraw(searches, seeds, seed=named_seed(run.study.seed, "bootstrap", workload, "redraw"))
-
-
-def _arm_result(run: Run, workload: str, optimizer: str) -> ArmResult:
-    found = confirm_candidates(run, workload, optimizer)
-    best = best_candidate(found, run.study.objective)
-    hopeless = left_no_candidate(run, workload, optimizer)
-    planned = run.study.confirm.seeds
-    shares = next((s for trial in best.trials.values() if (s := rule_shares(trial))), {}) if best else {}
-    unended = best.missing if best else () if hopeless else tuple(range(planned))
-    return ArmResult(
-        optimizer=optimizer,
-        rank=None,
-        planned_seeds=planned,
-        n_seeds=len(best.trials) if best else 0,
-        failed_seeds={seed: str(best.trials[seed].reason) for seed in best.failed} if best else {},
-        missing_seeds=unended,
-        n_configs=sum(bool(candidate.trials) for candidate in found),
-        config_index=best.config_index if best else None,
-        params=best.params if best else {},
-        validation_objective=mean_validation(best, run.study.objective) if best else None,
-        step_time=step_time(run, next(iter(best.trials.values()))) if best else None,
-        rule_shares=shares,
-        own_share=shares.get(optimizer, 0.0) if shares else None,
-        left_no_candidate=hopeless,
-        errors=_errors(run, workload, optimizer, best) if best else _no_errors(planned) if hopeless else (),
-        search=arm_search(run, workload, optimizer),
-        tune=arm_ledger(run, workload, optimizer, Stage.TUNE),
-        confirm=arm_ledger(run, workload, optimizer, Stage.CONFIRM),
-    )
-
-
-def _errors(run: Run, workload: str, optimizer: str, best: Candidate) -> tuple[Summary, ...]:
-    summaries = []
-    for split, readout, metric in _measured(best):
-        values = {
-            seed: error
-            for seed, trial in best.trials.items()
-            if (error := error_of(trial, split, readout, metric, run.study.objective)) is not None
-        }
-        if values:
-            summaries.append(_summary(split, readout, metric, values))
-    return tuple(summaries)
-
-
-def _measured(best: Candidate) -> Iterator[tuple[str, str, Metric]]:
-    """Split, readout and metric of every error that some seed measured; the test force error always."""
-    finished = [best.trials[seed] for seed in best.finished]
-    ood = {split for trial in finished for split in trial.result if split.startswith(OOD_PREFIX)}
-    for split in (Split.TEST.value, *sorted(ood)):
-        errors = [errors for trial in finished for errors in trial.result.get(split, {}).items()]
-        readouts = sorted({readout for readout, _ in errors})
-        metrics = {metric for _, values in errors for metric in values} | {Metric.FORCES_MAE.value}
-        for readout in (POLICY, *readouts):
-            yield from ((split, readout, metric) for metric in ERROR_METRICS if metric in metrics)
-
-
-def _no_errors(planned: int) -> tuple[Summary, ...]:
-    failed = dict.fromkeys(range(planned), math.inf)
-    return (_summary(Split.TEST.value, POLICY, Metric.FORCES_MAE, failed),)
-
-
-def _summary(split: str, readout: str, metric: Metric, values: dict[int, float]) -> Summary:
-    errors = np.array(list(values.values()), dtype=np.float64)
-    return Summary(
-        split=split,
-        readout=readout,
-        metric=metric,
-        values=values,
-        median=median(errors),
-        mean=float(errors.mean()),
-        iqm=float(iqm(errors)),
-        interval=_error_interval(errors),
-    )
-
-
-def _error_interval(errors: Floats) -> Interval | None:
-    """Interval of an arm's error, which is positive; too many failures stretch it from the best seed to ``inf``."""
-    interval = seed_interval(errors)
-    if interval is None or interval.low > 0.0:
-        return interval
-    return Interval(low=0.0 if math.isfinite(interval.low) else float(errors.min()), high=interval.high)
 
 
 def _ordered(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:

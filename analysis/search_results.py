@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -65,9 +64,11 @@ def test_per_validation(run: Run, workload: str) -> float:
     return float(np.median(ratios)) if ratios else 1.0
 
 
-def common_searches(searches: Sequence[Search]) -> bool:
-    """Whether all arms drew the same configurations, so that they may be redrawn together."""
-    return len({frozenset(search.order) for search in searches}) <= 1
+def searches_of(run: Run, workload: str) -> dict[str, Search]:
+    """The search of every arm of a workload that has one, by optimizer."""
+    factor = test_per_validation(run, workload)
+    found = {optimizer: search_of(run, workload, optimizer, factor) for optimizer in run.optimizers}
+    return {optimizer: search for optimizer, search in found.items() if search is not None}
 
 
 def _tune_order(trial: TrialRecord) -> tuple[bool, bool, float, float, int]:

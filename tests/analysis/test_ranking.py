@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
+from analysis.arm_result import ArmResult
 from analysis.json_form import to_json
 from analysis.load import load
-from analysis.ranking import ArmResult, Ranking, WorkloadRanking, rank
+from analysis.ranking import Ranking, WorkloadRanking, rank
 from analysis.seed_intervals import seed_interval
 from analysis.selection import POLICY
 from analysis.verdict import Verdict
@@ -153,6 +154,19 @@ def test_realised_shares_of_rules(plain: Ranking) -> None:
 
 def test_ranking_is_reproducible(plain_run: Path, plain: Ranking) -> None:
     assert rank(load(plain_run)) == plain
+
+
+def test_order_of_the_trials_in_the_journal_does_not_matter(plain_run: Path, plain: Ranking) -> None:
+    run = load(plain_run)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(run.trials))
+        shuffled = dataclasses.replace(run, trials=tuple(run.trials[place] for place in order))
+        found = rank(shuffled)
+        assert found.overall == plain.overall
+        assert [w.comparisons for w in found.workloads] == [w.comparisons for w in plain.workloads]
+        assert [[a.errors for a in w.arms] for w in found.workloads] == [
+            [a.errors for a in w.arms] for w in plain.workloads
+        ]
 
 
 def test_raw_policy_ranks_the_raw_weights_of_every_arm(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from analysis.comparison import Contender, compare
 from analysis.reselection import Search
+from analysis.statistics import iqm
 from analysis.verdict import Decision, Verdict, decide
 
 INF = math.inf
@@ -146,6 +149,41 @@ def test_only_common_seeds_are_compared() -> None:
     comparison = compare(first, second, seed=1)
     assert comparison.n_pairs == 3
     assert comparison.difference == pytest.approx(-1.0)
+
+
+errors = st.lists(st.floats(0.5, 2.0).map(lambda x: round(x, 2)), min_size=5, max_size=5)
+
+
+def ordered(*arms: tuple[str, list[float]]) -> list[Contender]:
+    found = [contender(name, *values) for name, values in arms]
+    return sorted(found, key=lambda arm: (float(iqm(np.array(list(arm.values.values())))), arm.optimizer))
+
+
+@given(errors, errors, st.floats(0.001, 1000.0), st.permutations(range(5)))
+def test_units_and_the_numbering_of_seeds_change_no_verdict(
+    first: list[float], second: list[float], unit: float, places: list[int]
+) -> None:
+    plain = verdict(*ordered(("soap", first), ("muon", second)))
+    changed = verdict(
+        *ordered(
+            *(
+                (name, [unit * values[place] for place in places])
+                for name, values in (("soap", first), ("muon", second))
+            )
+        )
+    )
+    if not math.isclose(float(iqm(np.array(first))), float(iqm(np.array(second)))):
+        assert (changed.verdict, changed.winner) == (plain.verdict, plain.winner)
+
+
+@given(errors, errors)
+def test_a_copy_of_an_arm_ties_with_it_and_never_wins(first: list[float], second: list[float]) -> None:
+    alone = verdict(*ordered(("soap", first), ("muon", second)))
+    together = verdict(*ordered(("soap", first), ("copy", first), ("muon", second)))
+    assert together.winner in {None, "muon"}
+    if alone.winner == "soap":
+        assert together.verdict in {Verdict.TIE, Verdict.UNRESOLVED}
+        assert set(together.tied) <= {"soap", "copy"}
 
 
 @pytest.mark.parametrize(("arms", "highest"), [(2, 0.07), (4, 0.05)])
