@@ -3,7 +3,8 @@
     python benchmarks/report_scale.py --trials 1000 10000 100000
 
 Each run is written in the form of `tunebench run` (journal, one Parquet file per trial), then `python -m analysis`
-reports on it in a process of its own, whose wall-clock seconds and peak memory are printed. 2 workloads, 5 optimizers.
+reports on it in a process of its own, whose seconds by the clock and on the processor and whose peak memory are
+printed. 2 workloads, 5 optimizers.
 """
 
 from __future__ import annotations
@@ -59,14 +60,16 @@ def write_run(folder: Path, trials: int) -> Path:
     return run
 
 
-def measure(run: Path) -> tuple[float, float]:
-    """Seconds and peak memory in GiB of `python -m analysis RUN` in a process of its own."""
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+def measure(run: Path) -> tuple[float, float, float]:
+    """Seconds by the clock and on the processor and peak memory in GiB of `python -m analysis RUN`.
+
+    Peak memory is that of the largest process so far, so runs should be measured from the smallest on.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "analysis", str(run)], check=True, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    if peak == before and before:
-        print("peak memory is that of an earlier, larger run", file=sys.stderr)
-    return time.perf_counter() - start, peak / 1024**2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, processor, after.ru_maxrss / 1024**2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,14 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000, 100_000])
     options = parser.parse_args(arguments)
-    print("| trials | report, s | peak memory, GiB |\n| --- | --- | --- |")
+    print("| trials | report, s | on the processor, s | peak memory, GiB |\n| --- | --- | --- | --- |")
     for trials in sorted(options.trials):
         folder = Path(tempfile.mkdtemp(prefix="report-scale-"))
         try:
-            seconds, memory = measure(write_run(folder, trials))
+            seconds, processor, memory = measure(write_run(folder, trials))
         finally:
             shutil.rmtree(folder)
-        print(f"| {trials} | {seconds:.1f} | {memory:.2f} |", flush=True)
+        print(f"| {trials} | {seconds:.1f} | {processor:.1f} | {memory:.2f} |", flush=True)
     return 0
 
 
