@@ -59,11 +59,6 @@ def learning_curve(run: Run, workload: str, optimizer: str) -> LearningCurve | N
 
 def _rows(run: Run, trial: TrialRecord) -> pd.DataFrame:
     readout = chosen_readout(trial, run.study.objective) or Readout.RAW.value
-    curves = run.curves
-    mine = curves[
-        (curves["trial"] == trial.key.trial_id)
-        & (curves["split"] == Split.VAL)
-        & (curves["metric"] == Metric.FORCES_MAE)
-        & (curves["readout"] == readout)
-    ]
+    own = run.curve(trial.key.trial_id)
+    mine = own[(own["split"] == Split.VAL) & (own["metric"] == Metric.FORCES_MAE) & (own["readout"] == readout)]
     return mine.drop_duplicates("step", keep="last").set_index("step")[["value", "device_s"]].astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, 
 from tunebench.study.resolve import ResolvedStudy, load_run
 from tunebench.study.spec import Study
 from tunebench.study.step_times import Calibration, read_calibration
+
+CURVE_NAMES = ("trial", "split", "metric", "readout")
+"""Columns of the curves that hold names; they are categorical."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,24 @@ class Run:
 
     def arm(self, workload: str, optimizer: str, stage: Stage | None = None) -> tuple[TrialRecord, ...]:
         """Trials of an arm in planned order, of one stage or of both."""
-        return tuple(
-            trial
-            for trial in self.trials
-            if (trial.key.workload, trial.key.optimizer) == (workload, optimizer) and stage in (None, trial.key.stage)
-        )
+        own = self._by_arm.get((workload, optimizer), ())
+        return own if stage is None else tuple(trial for trial in own if trial.key.stage is stage)
+
+    def curve(self, trial_id: str) -> pd.DataFrame:
+        """Rows of one trial's curves in the order they were written; empty where it has none."""
+        rows: pd.DataFrame = self.curves.iloc[self._curve_rows.get(trial_id, [])]
+        return rows
+
+    @cached_property
+    def _by_arm(self) -> dict[tuple[str, str], tuple[TrialRecord, ...]]:
+        arms: dict[tuple[str, str], list[TrialRecord]] = {}
+        for trial in self.trials:
+            arms.setdefault((trial.key.workload, trial.key.optimizer), []).append(trial)
+        return {arm: tuple(trials) for arm, trials in arms.items()}
+
+    @cached_property
+    def _curve_rows(self) -> dict[Any, Any]:
+        return dict(self.curves.groupby("trial", sort=False, observed=True).indices)
 
 
 def load(path: Path) -> Run:
@@ -100,18 +117,23 @@ def _trials(path: Path) -> tuple[TrialRecord, ...]:
 
 
 def _curves(folder: Path, trial_ids: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    frames, damages = [], []
+    tables, damages = [], []
     for trial_id in trial_ids:
         file = folder / f"{trial_id}.parquet"
         if not file.is_file():
             continue
         try:
-            frame = pyarrow.parquet.read_table(file, columns=list(CURVE_COLUMNS)).to_pandas()
-        except (pyarrow.ArrowException, OSError) as error:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                tables.append(opened.read(columns=list(CURVE_COLUMNS), use_threads=False).select(list(CURVE_COLUMNS)))
+        except (pyarrow.ArrowException, KeyError, OSError) as error:
             damages.append(f"{CURVES}/{file.name}: {' '.join(str(error).split())[:160]}")
-            continue
-        frames.append(frame)
-    curves = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CURVE_COLUMNS))
+    if not tables:
+        return pd.DataFrame(columns=list(CURVE_COLUMNS)), damages
+    joined = pyarrow.concat_tables(tables, promote_options="permissive")
+    for place, name in enumerate(CURVE_COLUMNS):
+        if name in CURVE_NAMES:  # a few names, millions of rows
+            joined = joined.set_column(place, name, joined[name].combine_chunks().dictionary_encode())
+    curves: pd.DataFrame = joined.to_pandas()
     return curves.drop_duplicates(["trial", "step", "split", "metric", "readout"], keep="last"), damages
 
 

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from analysis.arm_result import ArmResult, Summary
 from analysis.figure_style import REASON_COLOURS, REASON_WORDS, WIDTH_INCHES, colour, marker
 from analysis.learning_curve import LearningCurve, learning_curve
 from analysis.ledger import FAILURES
 from analysis.load import Run
-from analysis.ranking import ArmResult, Summary, WorkloadRanking
+from analysis.ranking import WorkloadRanking
 from analysis.step_costs import time_axis
 from analysis.tuning_curve import ended_value, tuning_curve
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
@@ -207,13 +208,13 @@ def _sensitivity_panel(
     axes.set_xscale("log")
     axes.set_ylim(*limits)
     _log_y(axes)
-    for trial in trials:
-        value, rate = ended_value(trial), float(trial.params["learning_rate"])
-        if not math.isfinite(value):
-            axes.plot(rate, limits[1], "x", color=shade, markersize=5, clip_on=False, zorder=3)
-            continue
-        face = shade if trial.reason is Reason.FINISHED else "white"
-        axes.plot(rate, value, shape, color=shade, markerfacecolor=face, markersize=4.5)
+    rates = np.array([trial.params["learning_rate"] for trial in trials], dtype=np.float64)
+    values = np.array([ended_value(trial) for trial in trials], dtype=np.float64)
+    valued, finished = np.isfinite(values), np.array([trial.reason is Reason.FINISHED for trial in trials])
+    for some, face in ((valued & ~finished, "white"), (valued & finished, shade)):
+        axes.plot(rates[some], values[some], shape, color=shade, markerfacecolor=face, markersize=4.5)
+    top = np.full(int((~valued).sum()), limits[1], dtype=np.float64)
+    axes.plot(rates[~valued], top, "x", color=shade, markersize=5, clip_on=False, zorder=3)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(LogLocator(numticks=4))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from analysis import plots
 from analysis.checks import Check, Status
 from analysis.figure_style import FORMATS, figure_style, save
+from analysis.json_form import to_json
 from analysis.load import Run, load
 from analysis.page import PageFigure, render
-from analysis.ranking import Ranking, WorkloadRanking, rank, to_json
+from analysis.ranking import Ranking, WorkloadRanking, rank
 from analysis.tables import write_tables
 from tunebench.study.record import REPORT
 
@@ -30,7 +31,7 @@ _FIGURES: tuple[tuple[str, _Draw, str], ...] = (
         "errors",
         plots.error_figure,
         "Test errors of each arm's best configuration. Large dot: interquartile mean over seeds; bar: its 95 % "
-        "bootstrap interval; small dots: seeds. Lower is better.",
+        "interval; small dots: seeds. Lower is better.",
     ),
     (
         "learning",

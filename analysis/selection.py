@@ -116,13 +116,15 @@ def best_candidate(found: Sequence[Candidate], objective: Objective) -> Candidat
     A failed seed makes that mean infinite. Among configurations that all have failures the fewest failures count first;
     in an unfinished run configurations with more ended seeds come first, which makes the choice provisional.
     """
+    tried = [candidate for candidate in found if candidate.trials]
+    return min(tried, key=lambda candidate: candidate_order(candidate, objective), default=None)
 
-    def order(candidate: Candidate) -> tuple[int, int, float, int]:
-        values = [_validation_of(candidate.trials[seed], objective) for seed in candidate.finished]
-        mean = float(np.mean(values)) if values else math.inf
-        return len(candidate.missing), len(candidate.failed), mean, candidate.config_index
 
-    return min((candidate for candidate in found if candidate.trials), key=order, default=None)
+def candidate_order(candidate: Candidate, objective: Objective) -> tuple[int, int, float, int]:
+    """What an arm's configurations are sorted by, the best one first."""
+    values = [_validation_of(candidate.trials[seed], objective) for seed in candidate.finished]
+    mean = float(np.mean(values)) if values else math.inf
+    return len(candidate.missing), len(candidate.failed), mean, candidate.config_index
 
 
 def confirm_candidates(run: Run, workload: str, optimizer: str) -> tuple[Candidate, ...]:

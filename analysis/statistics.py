@@ -16,13 +16,13 @@ Indices = NDArray[np.intp]
 CONFIDENCE = 0.95
 DRAWS = 10_000
 MINIMUM_RUNS = 3
-"""Fewer runs have no bootstrap interval: draws from one or two values can only give these values back."""
+"""Fewer runs have no interval: two values say next to nothing about their own scatter."""
 TRIMMED = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A 95 % percentile bootstrap interval, ends included, in the unit of the values it came from."""
+    """An interval, ends included, in the unit of the values it came from; at 95 % unless said otherwise."""
 
     low: float
     high: float
@@ -61,53 +61,18 @@ def median(values: Floats) -> float:
     return float(0.5 * (ordered[middle - 1] + ordered[middle]))
 
 
-def seed_draws(runs: int, seed: int, draws: int = DRAWS) -> Indices:
-    """Bootstrap draws of run indices with replacement, shape (draws, runs), the same for equal seeds."""
-    return np.random.default_rng(seed).integers(0, runs, size=(draws, runs), dtype=np.intp)
-
-
-def iqm_interval(values: Floats, seed: int, draws: int = DRAWS) -> Interval | None:
-    """Percentile bootstrap interval of the IQM of errors of shape (runs,).
-
-    Runs are drawn with replacement. At 3 to 5 runs such an interval is too narrow: it holds the true value less often
-    than in 95 of 100 studies.
-
-    Returns:
-        ``None`` for fewer than three runs, where draws say nothing.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < MINIMUM_RUNS:
-        return None
-    return percentile_interval(iqm(values[seed_draws(len(values), seed, draws)]))
-
-
-def iqm_difference(first: Floats, second: Floats) -> float:
-    """IQM of ``first`` minus IQM of ``second``, both of shape (runs,); 0 when both are ``inf``."""
-    return float(_difference(iqm(first), iqm(second)))
-
-
-def paired_iqm_interval(first: Floats, second: Floats, seed: int, draws: int = DRAWS) -> Interval | None:
-    """Percentile bootstrap interval of ``iqm(first) - iqm(second)``; both arms are drawn at the same seeds.
-
-    Args:
-        first: errors of shape (runs,), run by run with the same seeds as ``second``.
-        second: errors of shape (runs,).
-        seed: seed of the draws.
-        draws: number of draws.
-
-    Returns:
-        ``None`` for fewer than three pairs. A draw in which both arms are ``inf`` counts as no difference.
+def paired_differences(first: Floats, second: Floats) -> Floats:
+    """First minus second, run by run, for errors of equal shape; 0 where both failed, for failures are alike.
 
     Raises:
         ValueError: the arms have different numbers of runs.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"paired_iqm_interval: found {len(first)} and {len(second)} runs, allowed: equal numbers")
-    if len(first) < MINIMUM_RUNS:
-        return None
-    drawn = seed_draws(len(first), seed, draws)
-    return percentile_interval(_difference(iqm(first[drawn]), iqm(second[drawn])))
+        raise ValueError(f"paired_differences: found shapes {first.shape} and {second.shape}, allowed: equal ones")
+    # inf - inf is NaN: two failures are equal, which counts against any claim.
+    both = np.isposinf(first) & np.isposinf(second)
+    return np.asarray(np.where(both, 0.0, first - np.where(both, 0.0, second)), dtype=np.float64)
 
 
 def percentile_interval(samples: Floats) -> Interval:
@@ -116,12 +81,6 @@ def percentile_interval(samples: Floats) -> Interval:
     tail = (1.0 - CONFIDENCE) / 2.0
     low = int(np.floor(tail * len(ordered)))
     return Interval(low=float(ordered[low]), high=float(ordered[len(ordered) - 1 - low]))
-
-
-def _difference(first: Floats, second: Floats) -> Floats:
-    both_failed = np.isposinf(first) & np.isposinf(second)
-    # inf - inf is NaN: two failures are equal, which counts against any claim.
-    return np.asarray(np.where(both_failed, 0.0, first - np.where(both_failed, 0.0, second)), dtype=np.float64)
 
 
 def best_so_far(values: Floats) -> Floats:

@@ -8,58 +8,46 @@ from enum import StrEnum
 
 import numpy as np
 
-from analysis.statistics import Interval, iqm, iqm_difference, paired_iqm_interval
-from analysis.wording import milli, milli_interval
+from analysis.comparison import Comparison, Contender, compare
+from analysis.statistics import iqm
+from analysis.wording import listed, milli, milli_interval
 
 MINIMUM_SEEDS = 5
 """Rule F11: fewer seeds never name a winner."""
 
 
 class Verdict(StrEnum):
-    """WINNER: better than every other arm beyond its interval. EXPLORATORY: an adaptive search, never ranked."""
+    """What may be said of the arms of a workload, or of the optimizers of a study.
+
+    WINNER: better than every other one beyond its interval. TIE: the leading ones are practically alike, the others
+    worse. UNRESOLVED: neither is shown. EXPLORATORY: an adaptive search, never ranked.
+    """
 
     WINNER = "winner"
+    TIE = "tie"
     UNRESOLVED = "unresolved"
     EXPLORATORY = "exploratory"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """An arm's test force errors by seed index, eV/Å, ``inf`` for a failed seed; empty before the first has ended."""
-
-    optimizer: str
-    values: dict[int, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The leading arm against another one, over the seeds that both have.
+class Decision:
+    """A verdict with its evidence in words.
 
     Attributes:
-        difference: IQM of the first minus IQM of the second in eV/Å; negative when the first is better.
-        interval: paired 95 % bootstrap interval; ``None`` (not available) for fewer than three pairs.
-        n_pairs: seeds that both arms have ended, failed ones included.
+        winner: set only when there is one. tied: the arms of a tie, the leading one first.
+        budget: what every arm was given, in words; the verdict holds at this budget.
+        resolve: what would turn an unresolved question into an answer, one sentence each.
+        barred: something other than the differences forbids a claim: unfinished, a failed check, too few seeds or arms.
+        smallest_n: smallest number of ended seeds.
     """
-
-    first: str
-    second: str
-    difference: float
-    interval: Interval | None
-    n_pairs: int
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the first arm is better beyond the interval."""
-        return self.interval is not None and self.interval.high < 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """A verdict with its evidence in words; ``winner`` is set only when there is one."""
 
     verdict: Verdict
     winner: str | None
+    tied: tuple[str, ...]
     sentence: str
+    budget: str
+    resolve: tuple[str, ...]
+    barred: bool
     smallest_n: int
 
 
@@ -70,11 +58,13 @@ def decide(
     missing: Sequence[str],
     failed_checks: Sequence[str],
     seed: Callable[[str, str], int],
+    budget: str = "",
 ) -> tuple[Decision, tuple[Comparison, ...]]:
     """Compare the leading arm with every other one and say what that allows.
 
     A winner needs a finished workload, at least `MINIMUM_SEEDS` paired seeds with every other arm, no failed check, and
-    a paired interval below zero against every other arm.
+    a paired interval below zero against every other arm. A tie needs the same, but against the arms that are not beaten
+    a 90 % interval inside one seed standard deviation.
 
     Args:
         ordered: arms, lowest IQM of the test force error first; in study order if exploratory.
@@ -82,42 +72,56 @@ def decide(
         missing: what an unfinished workload lacks.
         failed_checks: names of checks that failed.
         seed: bootstrap seed of a pair of arms.
+        budget: what every arm was given, in words.
     """
     smallest = min((len(contender.values) for contender in ordered), default=0)
     if exploratory:
         sentence = "Exploratory: the configurations were searched by TPE, which adapts to results, so no arm is ranked."
-        return Decision(verdict=Verdict.EXPLORATORY, winner=None, sentence=sentence, smallest_n=smallest), ()
+        return _decision(Verdict.EXPLORATORY, sentence, budget, smallest), ()
     comparisons = tuple(
         compare(ordered[0], other, seed(ordered[0].optimizer, other.optimizer))
         for other in ordered[1:]
         if ordered[0].values and other.values
     )
     objections = _objections(ordered, comparisons, missing, failed_checks)
-    evidence = _evidence(ordered, comparisons)
-    winner = None if objections else ordered[0].optimizer
-    opening = f"{winner} wins" if winner else f"Unresolved: {'; '.join(objections)}"
-    return (
-        Decision(
-            verdict=Verdict.WINNER if winner else Verdict.UNRESOLVED,
-            winner=winner,
-            sentence=f"{opening}. {evidence}".strip(),
-            smallest_n=smallest,
-        ),
-        comparisons,
-    )
+    unbeaten = [comparison for comparison in comparisons if not comparison.resolved]
+    evidence, at = _evidence(ordered, comparisons), f" at {budget}" if budget else ""
+    if not objections and not unbeaten:
+        name = ordered[0].optimizer
+        return _decision(Verdict.WINNER, f"{name} wins{at}. {evidence}", budget, smallest, winner=name), comparisons
+    if not objections and all(comparison.equivalent for comparison in unbeaten):
+        tied = (ordered[0].optimizer, *(comparison.second for comparison in unbeaten))
+        sentence = f"Tie{at}: {listed(tied)} differ by less than one seed standard deviation. {evidence}"
+        return _decision(Verdict.TIE, sentence, budget, smallest, tied=tied), comparisons
+    barred = bool(objections)
+    if unbeaten:
+        names = listed(comparison.second for comparison in unbeaten)
+        objections.append(f"{ordered[0].optimizer} is not separated from {names}")
+    sentence = f"Unresolved{at}: {'; '.join(objections)}. {evidence}".strip()
+    resolve = tuple(_remedy(comparison) for comparison in unbeaten if comparison.n_pairs)
+    return _decision(Verdict.UNRESOLVED, sentence, budget, smallest, resolve=resolve, barred=barred), comparisons
 
 
-def compare(first: Contender, second: Contender, seed: int) -> Comparison:
-    """Difference of two arms over their common seeds, with its paired bootstrap interval."""
-    common = sorted(set(first.values) & set(second.values))
-    ours = np.array([first.values[index] for index in common], dtype=np.float64)
-    theirs = np.array([second.values[index] for index in common], dtype=np.float64)
-    return Comparison(
-        first=first.optimizer,
-        second=second.optimizer,
-        difference=iqm_difference(ours, theirs) if common else 0.0,
-        interval=paired_iqm_interval(ours, theirs, seed),
-        n_pairs=len(common),
+def _decision(
+    verdict: Verdict,
+    sentence: str,
+    budget: str,
+    smallest: int,
+    *,
+    winner: str | None = None,
+    tied: tuple[str, ...] = (),
+    resolve: tuple[str, ...] = (),
+    barred: bool = False,
+) -> Decision:
+    return Decision(
+        verdict=verdict,
+        winner=winner,
+        tied=tied,
+        sentence=sentence.strip(),
+        budget=budget,
+        resolve=resolve,
+        barred=barred,
+        smallest_n=smallest,
     )
 
 
@@ -127,6 +131,7 @@ def _objections(
     missing: Sequence[str],
     failed_checks: Sequence[str],
 ) -> list[str]:
+    """What forbids any claim, whatever the differences are."""
     objections = []
     if missing:
         objections.append("the study is unfinished")
@@ -140,10 +145,26 @@ def _objections(
     smallest = min((comparison.n_pairs for comparison in comparisons), default=0)
     if comparisons and smallest < MINIMUM_SEEDS:
         objections.append(f"the smallest number of paired seeds is {smallest}, a winner needs {MINIMUM_SEEDS}")
-    open_against = [comparison.second for comparison in comparisons if not comparison.resolved]
-    if open_against:
-        objections.append(f"{ordered[0].optimizer} is not separated from {', '.join(open_against)}")
     return objections
+
+
+def _remedy(comparison: Comparison) -> str:
+    """What would separate the leading arm from another one, or show that they are alike."""
+    pair, have = f"{comparison.first} and {comparison.second}", comparison.n_pairs
+    if comparison.limited_by_search and comparison.search_error:
+        return (
+            f"{pair}: the luck of one search (± {milli(comparison.search_error)} meV/Å) is too large for this "
+            "difference; more seeds cannot resolve it, more configurations per arm or a second search may."
+        )
+    ways = []
+    wanted = comparison.seeds_to_resolve
+    if wanted is not None:
+        ways.append(f"about {max(wanted, MINIMUM_SEEDS, have + 1)} paired seeds would show a difference of this size")
+    if comparison.seeds_to_tie is not None:
+        ways.append(f"about {max(comparison.seeds_to_tie, MINIMUM_SEEDS, have + 1)} would show that they are alike")
+    if not ways:
+        return f"{pair}: no number of seeds up to 1000 would resolve a difference like this one."
+    return f"{pair}: {', '.join(ways)} (80 % power; {have} so far)."
 
 
 def _evidence(ordered: Sequence[Contender], comparisons: Sequence[Comparison]) -> str:

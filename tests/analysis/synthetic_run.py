@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Plan:
             ``inf`` is a seed that diverges, ``nan`` one that still runs.
         hopeless: optimizers whose tune trials all diverge, so that nothing of them is confirmed.
         crash: reason of the seeds that are ``inf``.
+        force_fractions: share of frames with force labels by workload, where it is not 1.
     """
 
     arms: Mapping[str, Sequence[float]]
@@ -51,6 +52,7 @@ class Plan:
     hopeless: tuple[str, ...] = ()
     crash: Reason = Reason.DIVERGED
     description: str = "Synthetic."
+    force_fractions: Mapping[str, float] = field(default_factory=dict)
 
 
 def study_text(plan: Plan) -> str:
@@ -64,7 +66,13 @@ def study_text(plan: Plan) -> str:
             "description": plan.description,
             "seed": 7,
             "workloads": [
-                {"name": name, "data": {**data, "frames": frames}, "model": {"family": "nequip"}, "max_steps": HORIZON}
+                {
+                    "name": name,
+                    "data": {**data, "frames": frames},
+                    "model": {"family": "nequip"},
+                    "max_steps": HORIZON,
+                    "labels": {"force_fraction": plan.force_fractions.get(name, 1.0)},
+                }
                 for name in plan.workloads
             ],
             "optimizers": list(plan.arms),

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.analysis.algoperf import scores, study_times, workload_times
+from analysis.__main__ import BAD_INPUT, DONE, main
+from analysis.algoperf import study_times, submissions, workload_times
 
 INF = math.inf
 
@@ -39,11 +40,13 @@ def test_missing_value_never_reaches_the_target() -> None:
 
 def test_score_by_hand() -> None:
     table = pd.DataFrame({"w": [1.0, 2.0, INF]}, index=["fast", "half", "missed"])
-    result = scores(table)
-    assert result["fast"] == pytest.approx(1.0)
-    assert result["missed"] == 0.0
+    found = {one.submission: one for one in submissions(table)}
+    assert list(found) == ["fast", "half", "missed"]
+    assert found["fast"].score == pytest.approx(1.0)
+    assert found["missed"].score == 0.0
     # Ratio 2 is reached from the 34th of 100 points on: 66 full steps of 99 and half of the one before.
-    assert result["half"] == pytest.approx(66.5 / 99.0)
+    assert found["half"].score == pytest.approx(66.5 / 99.0)
+    assert found["half"].exact_score == pytest.approx(2.0 / 3.0)
 
 
 def test_base_workload_is_missed_with_its_variant() -> None:
@@ -56,15 +59,32 @@ def test_base_workload_is_missed_with_its_variant() -> None:
 
 
 @pytest.mark.data
-def test_published_scores_of_algoperf_are_reproduced(reference_data: Path) -> None:
+def test_published_scores_of_algoperf_are_reproduced(reference_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = reference_data / "algoperf_v05"
-    targets = json.loads((folder / "targets.json").read_text(encoding="utf-8"))
     published = json.loads((folder / "published_scores.json").read_text(encoding="utf-8"))["scores"]
-    workloads = targets["workloads"]
-    held_out = {name: workloads[name]["base_workload"] for name in targets["held_out_workloads"]}
-    scored = {name: workloads[name] for name in [*targets["base_workloads"], *held_out]}
-    times = study_times(pd.read_parquet(folder / "evals.parquet"), scored)
-    found = scores(workload_times(times, targets["base_workloads"], held_out))
+    assert main(["algoperf", str(folder), "--json"]) == DONE
+    found = {entry["submission"]: entry["score"] for entry in json.loads(capsys.readouterr().out)}
     expected = {entry["submission"]: entry["score"] for entry in published}
     assert len(expected) == 11
     assert {name: round(score, 4) for name, score in found.items()} == pytest.approx(expected, abs=1e-9)
+    assert main(["algoperf", str(folder)]) == DONE
+    assert capsys.readouterr().out.startswith("shampoo_submission     0.7784  ")
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (None, "targets.json: found "),
+        ("[]", "found no workloads"),
+        ('{"workloads": {}, "base_workloads": ["wmt"], "held_out_workloads": []}', "found no wmt"),
+        ('{"workloads": {}, "base_workloads": [], "held_out_workloads": []}', "evals.parquet: found "),
+    ],
+)
+def test_logs_that_cannot_be_scored_are_one_line(
+    targets: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if targets is not None:
+        (tmp_path / "targets.json").write_text(targets, encoding="utf-8")
+    assert main(["algoperf", str(tmp_path)]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
+from analysis.arm_result import ArmResult
+from analysis.json_form import to_json
 from analysis.load import load
-from analysis.ranking import ArmResult, Ranking, WorkloadRanking, rank, to_json
+from analysis.ranking import Ranking, WorkloadRanking, rank
+from analysis.seed_intervals import seed_interval
 from analysis.selection import POLICY
 from analysis.verdict import Verdict
 from tests.analysis.synthetic_run import ENERGY_PER_FORCE, OOD_PER_TEST, RAW_PER_AVERAGED, Plan, write_run
@@ -70,8 +73,7 @@ def test_statistics_of_an_arm_by_hand(plain: Ranking) -> None:
     assert summary is not None
     assert summary.iqm == pytest.approx(trim_mean(SOAP, 0.25)) == pytest.approx(0.021)
     assert (summary.median, summary.mean) == pytest.approx((0.021, 0.021))
-    assert summary.interval is not None
-    assert 0.019 <= summary.interval.low < 0.021 < summary.interval.high <= 0.023
+    assert summary.interval == seed_interval(np.array(SOAP))
     energy = arm(plain, "soap").summary("test", Metric.ENERGY_PER_ATOM_MAE)
     hot = arm(plain, "soap").summary("ood:hot", Metric.FORCES_MAE)
     raw = arm(plain, "soap").summary("test", Metric.FORCES_MAE, readout="raw")
@@ -87,8 +89,13 @@ def test_paired_difference_by_hand(plain: Ranking) -> None:
     (comparison,) = only(plain).comparisons
     assert (comparison.first, comparison.second, comparison.n_pairs) == ("soap", "adamw", 5)
     assert comparison.difference == pytest.approx(-0.010)
+    assert comparison.seeds_interval is not None
+    assert (comparison.seeds_interval.low, comparison.seeds_interval.high) == pytest.approx((-0.010, -0.010))
+    # The second configurations are 1.3 times worse, which other draws of the configurations would have selected.
     assert comparison.interval is not None
-    assert (comparison.interval.low, comparison.interval.high) == pytest.approx((-0.010, -0.010))
+    assert comparison.interval.low < -0.010 < comparison.interval.high < 0.0
+    assert comparison.search_error is not None
+    assert comparison.search_error > 0.0
 
 
 def test_configuration_is_chosen_among_all_that_were_confirmed(plain: Ranking) -> None:
@@ -116,6 +123,29 @@ def test_selection_reads_validation_even_where_test_disagrees(plain_run: Path) -
     assert [result.config_index for result in only(ranking).arms] == [1, 1]
 
 
+def test_cost_search_and_targets_of_the_plain_run(plain: Ranking) -> None:
+    workload = only(plain)
+    assert [(p.optimizer, p.device_s, p.on_front) for p in workload.pareto] == [
+        ("adamw", 4.8, True),
+        ("soap", 12.0, True),
+    ]
+    search = arm(plain, "soap").search
+    assert (search.failures.failed, search.failures.ended, search.censored) == (1, 6, 2)
+    assert search.best_of_n is not None
+    assert search.best_of_n.n == (1, 2, 3, 4, 5, 6)
+    assert search.best_of_n.optimistic[-1] == search.best_of_n.pessimistic[-1]
+    assert plain.targets.baseline == "adamw"
+    assert plain.targets.steps is not None
+    # soap is at adamw's last error after step 204 of 240, twelve steps apart: exp(2.5 (1 - s / 240)) 0.021 <= 0.031.
+    assert plain.targets.workloads[0].reached["soap"].steps == 204.0
+    assert plain.targets.steps.speedups["soap"] == pytest.approx(240.0 / 204.0)
+    assert plain.targets.steps.scores["soap"] == 1.0
+    assert workload.family_p is not None
+    assert workload.family_p < 0.05
+    assert plain.overall.winner == "soap"
+    assert "nothing is claimed beyond them" in plain.overall.sentence
+
+
 def test_realised_shares_of_rules(plain: Ranking) -> None:
     soap = arm(plain, "soap")
     assert (soap.own_share, soap.rule_shares) == (0.8, {"soap": 0.8, "adam": 0.2})
@@ -124,6 +154,19 @@ def test_realised_shares_of_rules(plain: Ranking) -> None:
 
 def test_ranking_is_reproducible(plain_run: Path, plain: Ranking) -> None:
     assert rank(load(plain_run)) == plain
+
+
+def test_order_of_the_trials_in_the_journal_does_not_matter(plain_run: Path, plain: Ranking) -> None:
+    run = load(plain_run)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(run.trials))
+        shuffled = dataclasses.replace(run, trials=tuple(run.trials[place] for place in order))
+        found = rank(shuffled)
+        assert found.overall == plain.overall
+        assert [w.comparisons for w in found.workloads] == [w.comparisons for w in plain.workloads]
+        assert [[a.errors for a in w.arms] for w in found.workloads] == [
+            [a.errors for a in w.arms] for w in plain.workloads
+        ]
 
 
 def test_raw_policy_ranks_the_raw_weights_of_every_arm(tmp_path: Path) -> None:
@@ -225,7 +268,7 @@ def test_json_is_strict_and_spells_failures_out(tmp_path: Path) -> None:
     forces = next(
         e for e in soap["errors"] if (e["split"], e["readout"], e["metric"]) == ("test", "policy", "forces_mae")
     )
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert forces["values"] == {"0": 0.021, "1": "inf", "2": "inf", "3": 0.023, "4": "inf"}
     assert forces["iqm"] == "inf"
 

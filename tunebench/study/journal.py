@@ -35,7 +35,8 @@ def read_trials(run: Path) -> list[TrialRecord]:
     if not path.is_file():  # Optuna would create it
         raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
     storage = _open(path)
-    return [_record(trial) for study in storage.get_all_studies() for trial in storage.get_all_trials(study._study_id)]
+    studies = storage.get_all_studies()
+    return [_record(trial) for study in studies for trial in storage.get_all_trials(study._study_id, deepcopy=False)]
 
 
 class JournalWriter:

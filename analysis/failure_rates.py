@@ -1,0 +1,36 @@
+"""How often trials fail, with exact binomial intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scipy import stats
+
+from analysis.statistics import CONFIDENCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureRate:
+    """Failures among ended trials, with the share and its Clopper-Pearson 95 % interval; ``None`` without a trial."""
+
+    failed: int
+    ended: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+def failure_rate(failed: int, ended: int) -> FailureRate:
+    """Share of failed trials with its exact interval (Clopper and Pearson 1934), which never under-covers.
+
+    Raises:
+        ValueError: a negative number, or more failures than trials.
+    """
+    if not 0 <= failed <= ended:
+        raise ValueError(f"failure rate: found {failed} of {ended}, allowed: between 0 and all of them")
+    if ended == 0:
+        return FailureRate(failed=0, ended=0, share=None, low=None, high=None)
+    tail = 0.5 - 0.5 * CONFIDENCE
+    low = float(stats.beta.ppf(tail, failed, ended - failed + 1)) if failed else 0.0
+    high = float(stats.beta.ppf(1.0 - tail, failed + 1, ended - failed)) if failed < ended else 1.0
+    return FailureRate(failed=failed, ended=ended, share=failed / ended, low=low, high=high)
