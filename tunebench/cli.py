@@ -317,7 +317,7 @@ def _milliseconds(timed: dict[str, Any] | None) -> str:
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
-    counted = ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed")
+    counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective"):
         left = column in ("arm", "stage", "engine")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)

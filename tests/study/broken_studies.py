@@ -187,6 +187,14 @@ BROKEN = [
     BrokenStudy(
         id="nothing is halved", key="tune.asha.reduction_factor", edit=put("tune", "asha", "reduction_factor", value=1)
     ),
+    BrokenStudy(
+        id="judged on arrival in no order",
+        key="tune.asha.order",
+        edit=put("tune", "asha", value={"form": "stopping", "order": "deterministic"}),
+    ),
+    BrokenStudy(id="too many sentinels", key="tune.asha.sentinels", edit=put("tune", "asha", "sentinels", value=MANY)),
+    BrokenStudy(id="sentinels in words", key="tune.asha.sentinels", edit=put("tune", "asha", "sentinels", value="all")),
+    BrokenStudy(id="unknown form", key="tune.asha.form", edit=put("tune", "asha", "form", value="halving")),
     BrokenStudy(id="unknown sampler", key="tune.sampler", edit=put("tune", "sampler", value="random")),
     BrokenStudy(id="no seeds", key="confirm.seeds", edit=put("confirm", "seeds", value=0)),
     BrokenStudy(id="unknown engine", key="engine", edit=put("engine", value="jax")),

@@ -34,7 +34,7 @@ def resolved(folder: Path, **changes: Any) -> ResolvedStudy:
         "name": "small",
         "workloads": [workload()],
         "optimizers": ["adamw", "schedule_free"],
-        "tune": {"trials_per_arm": 9, "asha": {"grace_steps": 1, "reduction_factor": 3}},
+        "tune": {"trials_per_arm": 9, "asha": {"grace_steps": 1, "reduction_factor": 3, "sentinels": 0}},
         "confirm": {"top_k": 2, "seeds": 5},
     }
     file = folder / "study.yaml"
@@ -91,6 +91,28 @@ def test_errors_are_measured_on_a_grid_at_the_rungs_and_at_the_horizon(
 @pytest.mark.parametrize(
     ("trials", "factor", "rungs", "expected"),
     [
+        (2, 3, (1,), [1]),
+        (6, 3, (1, 3), [2, 1]),
+        (9, 3, (), []),
+    ],
+)
+def test_one_in_three_goes_on_at_every_rung_and_at_least_one(
+    trials: int, factor: int, rungs: tuple[int, ...], expected: list[int]
+) -> None:
+    asha = Asha(reduction_factor=factor, sentinels=0)
+    assert survivors(Tune(trials_per_arm=trials, asha=asha), rungs) == expected
+
+
+def test_sentinels_go_on_besides_those_that_are_promoted() -> None:
+    # of 20 trials 6 are promoted and then 2; of the 8 sentinels 8 x 14/20 = 5.6 and 8 x 18/20 = 7.2 would not be
+    assert survivors(Tune(trials_per_arm=20), (1, 3)) == [12, 9]
+    assert survivors(Tune(trials_per_arm=6), (1, 3)) == [6, 6]
+    assert survivors(Tune(trials_per_arm=6, asha=None), (1, 3)) == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("trials", "factor", "rungs", "expected"),
+    [
         (2, 3, (1,), [2]),  # 1 + 1/2
         (6, 3, (1, 3), [3, 2]),  # 1 + 1/2 + 1/3 + 1/4 + 1/5 + 2/6, then 1 + 1/2 + 1/3
         (9, 3, (1,), [3]),  # the same + 2/7 + 2/8 + 3/9
@@ -99,20 +121,21 @@ def test_errors_are_measured_on_a_grid_at_the_rungs_and_at_the_horizon(
         (9, 3, (), []),
     ],
 )
-def test_survivors_are_those_expected_when_trials_arrive_in_random_order(
+def test_the_stopping_form_keeps_those_expected_when_trials_arrive_in_random_order(
     trials: int, factor: int, rungs: tuple[int, ...], expected: list[int]
 ) -> None:
-    assert survivors(Tune(trials_per_arm=trials, asha=Asha(reduction_factor=factor)), rungs) == expected
+    asha = Asha(reduction_factor=factor, form="stopping", order="asynchronous", sentinels=0)
+    assert survivors(Tune(trials_per_arm=trials, asha=asha), rungs) == expected
 
 
 def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:
-    # nine trials for one step, three for the next two, two for the last six
-    by_hand = 9 * 1 + 3 * 2 + 2 * 6
+    # nine trials for one step, three for the next two, one for the last six
+    by_hand = 9 * 1 + 3 * 2 + 1 * 6
     study = resolved(tmp_path)
-    assert tune_steps(study.study.tune, (1, 3), 9) == by_hand == 27
+    assert tune_steps(study.study.tune, (1, 3), 9) == by_hand == 21
     (row, _) = plan_summary(study)["arms"]
     assert row["expected_tune_steps"] == by_hand
-    assert row["expected_survivors"] == [3, 2]
+    assert row["expected_survivors"] == [3, 1]
     assert row["expected_confirm_steps"] == 2 * 5 * 9
     assert (row["trials"], row["confirm_trials"], row["horizon_steps"]) == (9, 10, 9)
 
@@ -120,11 +143,11 @@ def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:
 def test_device_seconds_need_a_measured_step_of_every_arm(tmp_path: Path) -> None:
     study = resolved(tmp_path)
     some = plan_summary(study, {"ethanol/adamw": 0.5})
-    assert some["arms"][0]["expected_device_s"] == 0.5 * (27 + 90)
+    assert some["arms"][0]["expected_device_s"] == 0.5 * (21 + 90)
     assert some["arms"][1]["expected_device_s"] is None
     assert some["expected_device_s"] is None
     both = plan_summary(study, {"ethanol/adamw": 0.5, "ethanol/schedule_free": 1.0})
-    assert both["expected_device_s"] == 1.5 * (27 + 90)
+    assert both["expected_device_s"] == 1.5 * (21 + 90)
     assert both["trials"] == 2 * (9 + 10)
 
 

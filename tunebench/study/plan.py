@@ -10,7 +10,8 @@ from tunebench.study.record import Readout, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import Asha, Sampler, Schedule, Tune, Workload
+from tunebench.study.sentinels import sentinel_count
+from tunebench.study.spec import Asha, AshaForm, Sampler, Schedule, Tune, Workload
 
 _EVALUATIONS = 20  # per horizon, where the study does not say
 
@@ -84,16 +85,23 @@ def evaluation_steps(workload: Workload, rungs: tuple[int, ...]) -> tuple[int, .
 
 
 def survivors(tune: Tune, rungs: tuple[int, ...]) -> list[int]:
-    """Trials of an arm expected to train beyond each rung when trials arrive in random order, rounded.
+    """Trials of an arm expected to train beyond each rung, rounded: those that go on, and sentinels.
 
-    The i-th trial to arrive at a rung goes on if it is among the best max(i // reduction factor, 1) of the i seen so
-    far, so early arrivals are judged mildly and more go on than one in `reduction_factor`.
+    In the promotion form one in `reduction_factor` goes on, at least one; in asynchronous order a few more, who were
+    among the best when they came, which is left out here. In the stopping form the i-th trial to arrive goes on if it
+    is among the best max(i // reduction factor, 1) of the i seen so far, so early arrivals are judged mildly.
     """
-    factor = tune.asha.reduction_factor if tune.asha else 1
-    counts, alive = [], tune.trials_per_arm
+    if tune.asha is None:
+        return [tune.trials_per_arm for _ in rungs]
+    factor, trials = tune.asha.reduction_factor, tune.trials_per_arm
+    sentinels = sentinel_count(tune.asha, trials)
+    counts, competing = [], trials
     for _ in rungs:
-        alive = round(sum(max(seen // factor, 1) / seen for seen in range(1, alive + 1)))
-        counts.append(alive)
+        if tune.asha.form is AshaForm.PROMOTION:
+            competing = max(competing // factor, 1)
+        else:
+            competing = round(sum(max(seen // factor, 1) / seen for seen in range(1, competing + 1)))
+        counts.append(round(competing + sentinels * (1.0 - competing / trials)))
     return counts
 
 
@@ -103,7 +111,7 @@ def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict
 
 
 def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int) -> int:
-    """Steps expected of an arm's tune stage under the stopping rule, without failures."""
+    """Steps expected of an arm's tune stage, without failures."""
     alive = [tune.trials_per_arm, *survivors(tune, rungs)]
     ends = [*rungs, horizon]
     return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))

@@ -203,13 +203,53 @@ class Objective(Section):
     )
 
 
+class AshaForm(StrEnum):
+    """What a trial does at a rung: wait until it is among the best, or be judged when it arrives."""
+
+    PROMOTION = "promotion"
+    STOPPING = "stopping"
+
+
+class AshaOrder(StrEnum):
+    """When a rung is decided: when all have come who can, or for each trial as soon as it may go on."""
+
+    DETERMINISTIC = "deterministic"
+    ASYNCHRONOUS = "asynchronous"
+
+
+def _sentinels(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INTEGER_LIMIT
+    if value != "auto" and not number:
+        raise ValueError("auto, or an integer of at least 0")
+    return value
+
+
+Sentinels = Annotated[
+    Literal["auto"] | int, PlainValidator(_sentinels, json_schema_input_type=Literal["auto"] | NonNegativeInt)
+]
+
+
 class Asha(Section):
-    """Asynchronous successive halving inside each arm."""
+    """Successive halving inside each arm."""
 
     grace_steps: PositiveInt | None = Field(
         default=None, description="first rung; left out, a quarter of each workload's horizon"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(default=3, description="one in this many goes on at a rung")
+    form: Annotated[AshaForm, Field(strict=False)] = Field(
+        default=AshaForm.PROMOTION,
+        description="promotion: a trial waits at its rung until it is among the best; stopping: it is judged when it "
+        "arrives, by those who came before",
+    )
+    order: Annotated[AshaOrder, Field(strict=False)] = Field(
+        default=AshaOrder.DETERMINISTIC,
+        description="deterministic: a rung is decided when all who can come have come; asynchronous: at once, where "
+        "one arm alone would leave devices idle",
+    )
+    sentinels: Sentinels = Field(
+        default="auto",
+        description="configurations of each arm that are never stopped; auto is 15 % of them, at least 8, at most all",
+    )
 
 
 class Sampler(StrEnum):

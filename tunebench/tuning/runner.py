@@ -23,6 +23,7 @@ from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
+from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
@@ -84,6 +85,11 @@ class _Run:
         self._resolved, self._study, self._options = resolved, resolved.study, options
         self._data, self._console = data, console
         self._arms = plan_arms(resolved)
+        tune = self._study.tune
+        self._sentinels = {
+            workload.name: sentinel_configurations(tune.asha, tune.trials_per_arm, self._study.seed, workload.name)
+            for workload in self._study.workloads
+        }
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
@@ -151,7 +157,9 @@ class _Run:
     def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
-        self._journal.plan(key, params, distributions, seeds, self._data[arm.workload.name].hash)
+        data_hash = self._data[arm.workload.name].hash
+        sentinel = key.stage is Stage.TUNE and key.config_index in self._sentinels[arm.workload.name]
+        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel)
 
     def _run_stage(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]

@@ -12,15 +12,15 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from tunebench.engine.board import write_experiment
-from tunebench.engine.task import TrialTask
+from tunebench.engine.board import TrialBoard, write_experiment
+from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
-from tunebench.study.record import Stage, TrialRecord
+from tunebench.study.record import Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Engine, Resources
-from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -28,6 +28,7 @@ from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
 from tunebench.tuning.shares import Shares, trial_resources
+from tunebench.tuning.tenancy import VISIT
 from tunebench.tuning.trainable import train_trial
 from tunebench.tuning.trial_log import LOGS
 
@@ -59,13 +60,10 @@ def run_stage(
     write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
     rungs = {arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {}
     keys = {record.key.trial_id: record.key for record in records}
-    scheduler = PerArmAsha(rungs, study.tune.asha.reduction_factor if study.tune.asha else 2, keys.__getitem__)
-    scheduler.rebuild(records)
     progress = Progress(options.run, stage, console)
     for record in records:
         progress.planned(record.key, record.reason, record.value)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress, names)
     storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
@@ -73,6 +71,20 @@ def run_stage(
     tenants = {name: task for name, task in tasks.items() if names[task.workload.name] == Engine.COHORT}
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     pool.plan(tenants, others_wait=bool(alone))
+    # the queue and the scheduler each ask the other while the stage runs
+    queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting)
+    scheduler = PerArmAsha(arm_ladders(study.tune.asha, rungs, records), keys.__getitem__, queue.room_for)
+    recorder = Recorder(
+        journal,
+        scheduler,
+        keys,
+        rungs,
+        retention(study.keep_checkpoints),
+        progress,
+        names,
+        left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
+        stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
+    )
     with progress:
         tune.Tuner(
             tune.with_resources(
@@ -82,7 +94,7 @@ def run_stage(
             param_space={"trial": tune.grid_search([*tenants, *alone])},
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                search_alg=TrialQueue(len(tenants), pool, study.resources.concurrent_trials),
+                search_alg=queue,
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -96,6 +108,11 @@ def run_stage(
             ),
         ).fit()
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+def _close_board(task: TrialTask, last: Evaluation) -> None:
+    """A stopped trial's process may be gone, and cannot tell a stop from a pause; its end is written here."""
+    TrialBoard(task.run, task.key, task.hyperparameters, last.step).close(last, Reason.STOPPED_ASHA)
 
 
 def _trial_id(trial: Any) -> str:
