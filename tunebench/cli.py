@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
 import warnings
@@ -35,6 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document on s
 _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
 _LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
+STAGES = ("tune", "confirm")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -74,15 +76,25 @@ def options(
 def plan(
     study: StudyFile,
     measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
+    seed_sd: Annotated[
+        float, typer.Option("--seed-sd", min=0.0, help="assumed seed-to-seed deviation of an error, as a share of it")
+    ] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Show what a study will do: engine, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
+    """Judge a study by the rules of a fair comparison and show what it will do. Makes its data, trains nothing.
+
+    Rungs, expected survivors, device-hours by stage, disk, and the smallest difference that its seeds resolve. Exits 1
+    where a rule fails that the study does not waive.
+    """
+    from tunebench.study.lint import lint
     from tunebench.study.plan import plan_summary
+    from tunebench.study.power import LEVEL, POWER, smallest_difference
     from tunebench.study.resolve import resolve
     from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
     resolved = resolve(study)
+    findings = lint(resolved)
     data = prepare_workloads(resolved, _stderr())
     check_arms(resolved, data)
     choices = choose_engines(resolved, data)
@@ -94,8 +106,25 @@ def plan(
         from tunebench.engine.calibration import step_seconds
 
         seconds = step_seconds(resolved, data)
+    from tunebench.tuning.footprint import disk_bytes
+
     summary = plan_summary(resolved, seconds, {name: choice.to_plain() for name, choice in choices.items()})
-    _print(summary, as_json, _plan_table)
+    resolvable = smallest_difference(resolved.study.confirm.seeds)
+    summary |= {
+        "disk_bytes": disk_bytes(resolved, data),
+        "resolvable": {
+            "seeds": resolved.study.confirm.seeds,
+            "power": POWER,
+            "level": LEVEL,
+            "seed_sds": resolvable if math.isfinite(resolvable) else None,
+            "assumed_seed_sd": seed_sd,
+            "share_of_error": resolvable * seed_sd if math.isfinite(resolvable) else None,
+        },
+        "rules": [finding.to_plain() for finding in findings],
+    }
+    _print(summary, as_json, _plan_view)
+    if any(finding.blocks for finding in findings):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -270,6 +299,36 @@ def _print(content: Any, as_json: bool, text: Callable[[Any], Any]) -> None:
     else:
         shown = text(content)
         _stdout().print(shown, highlight=False, markup=False, soft_wrap=isinstance(shown, str))
+
+
+def _plan_view(summary: dict[str, Any]) -> Group:
+    return Group(_plan_table(summary), *_plan_lines(summary), _rules_table(summary["rules"]))
+
+
+def _plan_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [f"disk: up to {summary['disk_bytes'] / 2**20:.0f} MiB of checkpoints at once"]
+    if summary["expected_device_s"] is not None:
+        stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in STAGES)
+        lines.append(f"device-hours of training: {', '.join(stages)}; evaluation comes on top")
+    power = summary["resolvable"]
+    if power["seed_sds"] is None:
+        return [*lines, "resolution: one seed resolves nothing"]
+    return [
+        *lines,
+        f"resolution: {power['seeds']} paired seeds see a true difference of {power['seed_sds']:.2g} seed standard "
+        f"deviations with {100 * power['power']:.0f} % power, that is {100 * power['share_of_error']:.2g} % of the "
+        f"error if a seed moves it by {100 * power['assumed_seed_sd']:.2g} % (assumed, --seed-sd)",
+    ]
+
+
+def _rules_table(rules: list[dict[str, str]]) -> Table:
+    table = Table(title="rules of a fair comparison; the report judges F5, F16 to F19", title_justify="left")
+    for column in ("rule", "verdict", "why", "mend"):
+        table.add_column(column, no_wrap=column in ("rule", "verdict"), overflow="fold")
+    for rule in rules:
+        waived = f"waived: {rule['waived']}" if rule["waived"] else rule["mend"]
+        table.add_row(rule["rule"], rule["verdict"], rule["reason"], waived)
+    return table
 
 
 def _plan_table(summary: dict[str, Any]) -> Table:

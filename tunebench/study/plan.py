@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,15 +151,24 @@ def plan_summary(
                 "expected_tune_steps": steps["tune"],
                 "expected_confirm_steps": steps["confirm"],
                 "step_s": seconds,
+                "expected_tune_device_s": None if seconds is None else seconds * steps["tune"],
+                "expected_confirm_device_s": None if seconds is None else seconds * steps["confirm"],
                 "expected_device_s": None if seconds is None else seconds * sum(steps.values()),
             }
         )
-    known = [row["expected_device_s"] for row in rows]
     return {
         "study": study.name,
         "hash": resolved.hash,
         "ranked": study.tune.sampler is Sampler.SOBOL,
         "arms": rows,
         "trials": sum(row["trials"] + row["confirm_trials"] for row in rows),
-        "expected_device_s": None if None in known else sum(known),
+        "expected_tune_device_s": _sum_known(row["expected_tune_device_s"] for row in rows),
+        "expected_confirm_device_s": _sum_known(row["expected_confirm_device_s"] for row in rows),
+        "expected_device_s": _sum_known(row["expected_device_s"] for row in rows),
     }
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    """The sum, or None where a value is not known."""
+    listed = list(values)
+    return None if None in listed else sum(value for value in listed if value is not None)

@@ -13,7 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 WATER_BOX = "water-box"
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+RULE_PATTERN = r"^F([1-9]|1[0-9])$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -325,6 +328,10 @@ class Resources(Section):
         return "cuda" if self.gpus_per_trial > 0 else "cpu"
 
 
+RuleName = Annotated[str, Field(pattern=RULE_PATTERN)]
+Waiver = Annotated[str, Field(min_length=1)]
+
+
 class Study(Section):
     """A study: arms = workloads x optimizers, searched, then confirmed."""
 
@@ -349,6 +356,10 @@ class Study(Section):
     )
     keep_checkpoints: Literal["confirm", "all", "none"] = Field(
         default="confirm", description="checkpoints kept after a trial has ended"
+    )
+    waive: dict[RuleName, Waiver] = Field(
+        default_factory=dict,
+        description="rules of a fair comparison that the study breaks, F1 to F19, each with a reason",
     )
 
 

@@ -19,6 +19,7 @@ from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted
 from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.lint import refuse_unfair
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
@@ -59,12 +60,13 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         All trials of the finished study.
 
     Raises:
-        StudyError: the data contradict the study.
+        StudyError: the data contradict the study, or it breaks a rule of a fair comparison that it does not waive.
         RunError: the run directory belongs to another study or other data, is in use, or has no room.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
+    refuse_unfair(resolved)
     with held_run(resolved, options.run):
         data = prepare_workloads(resolved, console)
         if not (options.run / JOURNAL).exists():
