@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tunebench import __version__
 from tunebench.study.errors import Interrupted, RunError
-from tunebench.study.spec import StudyError
+from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
     add_completion=False,
@@ -194,6 +194,27 @@ def explain(
     _print(explain_trial(run_folder, trial), as_json, lambda e: e["text"])
 
 
+@app.command()
+def replay(
+    run_folder: RunFolder,
+    reduction_factor: Annotated[int | None, typer.Option(min=2, help="another tune.asha.reduction_factor")] = None,
+    grace_steps: Annotated[int | None, typer.Option(min=1, help="another tune.asha.grace_steps")] = None,
+    form: Annotated[AshaForm | None, typer.Option(help="another tune.asha.form")] = None,
+    order: Annotated[AshaOrder | None, typer.Option(help="another tune.asha.order")] = None,
+    arrivals: Annotated[int, typer.Option(min=1, help="random arrivals")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the arrivals")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Replay early stopping over a run's recorded curves: what other settings, or another arrival, would have lost."""
+    from tunebench.tuning.replay import replay_run
+
+    given = {"reduction_factor": reduction_factor, "grace_steps": grace_steps, "form": form, "order": order}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("form") is AshaForm.STOPPING:
+        changes.setdefault("order", AshaOrder.ASYNCHRONOUS)
+    _print(replay_run(run_folder, changes, arrivals, seed), as_json, _replay_view)
+
+
 @app.command("report")
 def report_command(
     run_folder: RunFolder,
@@ -352,6 +373,32 @@ def _plan_table(summary: dict[str, Any]) -> Table:
             "" if arm["expected_device_s"] is None else f"{arm['expected_device_s']:.0f}",
         )
     return table
+
+
+def _replay_view(summary: dict[str, Any]) -> Group:
+    asha = ", ".join(f"{name} {value}" for name, value in summary["asha"].items() if value is not None)
+    replayed = Table(title=f"{summary['run']}: {summary['arrivals']} arrivals; {asha}", title_justify="left")
+    counted = ("trials", "rungs", "best lost [%]", "best objective", "best left", "outcomes", "steps saved [%]")
+    for column in ("arm", *counted):
+        replayed.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    for row in summary["arms"]:
+        lost = f"{100 * row['best_lost']:.1f} ({100 * row['best_lost_low']:.0f} to {100 * row['best_lost_high']:.0f})"
+        cells = (lost, f"{row['best_objective']:.4g}", f"{row['best_left_objective']:.4g}")
+        saved = f"{100 * row['steps_saved']:.0f}"
+        rungs = " ".join(map(str, row["rungs"]))
+        replayed.add_row(row["arm"], str(row["trials"]), rungs, *cells, str(row["different_outcomes"]), saved)
+    evidence = Table(title="sentinels: what the run's own rungs would have stopped", title_justify="left")
+    for column in ("arm", "sentinels", "would stop", "wrongly", "false stops [%]"):
+        evidence.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    for row in summary["sentinels"]:
+        rate = (
+            ""
+            if row["rate"] is None
+            else f"{100 * row['rate']:.0f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+        )
+        counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
+        evidence.add_row(row["arm"], *counts, rate)
+    return Group(replayed, evidence)
 
 
 def _calibration_table(summary: dict[str, Any]) -> Table:

@@ -23,7 +23,12 @@ WORKLOAD: dict[str, Any] = {
 FAIR: dict[str, Any] = {
     "name": "fair",
     "workloads": [WORKLOAD, {**WORKLOAD, "name": "other"}],
-    "optimizers": ["adamw", "radam"],
+    "optimizers": [
+        "adamw",
+        "radam",
+        {"name": "adamw-untuned", "optimizer": "adamw", "untuned": True},
+        {"name": "adamw-audit", "optimizer": "adamw", "budget": 2},
+    ],
     "schedule": {"kind": "constant"},
 }
 PASS, WARN, FAIL = Verdict.PASS, Verdict.WARN, Verdict.FAIL
@@ -42,7 +47,23 @@ def judged(folder: Path, **changes: Any) -> Mapping[str, Finding]:
 def test_a_fair_study_passes_every_rule(tmp_path: Path) -> None:
     found = judged(tmp_path, tune={"trials_per_arm": 20})
     assert {rule: finding.verdict for rule, finding in found.items()} == dict.fromkeys(found, PASS)
-    assert list(found) == ["F1", "F2", "F3", "F4", "F6", "F7", "F8", "F9", "F10", "F11", "F12", "F13", "F14", "F15"]
+    assert list(found) == [
+        "F1",
+        "F2",
+        "F3",
+        "F4",
+        "F6",
+        "F7",
+        "F8",
+        "F9",
+        "F10",
+        "F11",
+        "F12",
+        "F13",
+        "F14",
+        "F15",
+        "F17",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +86,7 @@ def test_a_fair_study_passes_every_rule(tmp_path: Path) -> None:
         ("F13", PASS, {"tune": {"trials_per_arm": 8, "asha": None}}),
         ("F14", WARN, {"tune": {"asha": {"order": "asynchronous"}}}),
         ("F15", WARN, {"workloads": [WORKLOAD]}),
+        ("F17", WARN, {"optimizers": ["adamw", "radam"]}),
     ],
 )
 def test_a_broken_rule_is_named_with_its_mend(

@@ -17,7 +17,7 @@ from tunebench.study.plan import (
     tune_steps,
 )
 from tunebench.study.record import Readout, Stage
-from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.spec import Asha, ScheduleKind, Tune, Workload
 
 DATA = {"source": "xtb", "system": "ethanol", "frames": {"train": 10, "val": 4, "test": 4}}
@@ -129,13 +129,13 @@ def test_the_stopping_form_keeps_those_expected_when_trials_arrive_in_random_ord
 
 
 def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:
-    # nine trials for one step, three for the next two, one for the last six
-    by_hand = 9 * 1 + 3 * 2 + 1 * 6
+    # nine trials for one step, three for the next two, and for the last six the two that are confirmed
+    by_hand = 9 * 1 + 3 * 2 + 2 * 6
     study = resolved(tmp_path)
-    assert tune_steps(study.study.tune, (1, 3), 9) == by_hand == 21
+    assert tune_steps(study.study.tune, (1, 3), 9, fewest=2) == by_hand == 27
     (row, _) = plan_summary(study)["arms"]
     assert row["expected_tune_steps"] == by_hand
-    assert row["expected_survivors"] == [3, 1]
+    assert row["expected_survivors"] == [3, 2]
     assert row["expected_confirm_steps"] == 2 * 5 * 9
     assert (row["trials"], row["confirm_trials"], row["horizon_steps"]) == (9, 10, 9)
 
@@ -143,11 +143,11 @@ def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:
 def test_device_seconds_need_a_measured_step_of_every_arm(tmp_path: Path) -> None:
     study = resolved(tmp_path)
     some = plan_summary(study, {"ethanol/adamw": 0.5})
-    assert some["arms"][0]["expected_device_s"] == 0.5 * (21 + 90)
+    assert some["arms"][0]["expected_device_s"] == 0.5 * (27 + 90)
     assert some["arms"][1]["expected_device_s"] is None
     assert some["expected_device_s"] is None
     both = plan_summary(study, {"ethanol/adamw": 0.5, "ethanol/schedule_free": 1.0})
-    assert both["expected_device_s"] == 1.5 * (21 + 90)
+    assert both["expected_device_s"] == 1.5 * (27 + 90)
     assert both["trials"] == 2 * (9 + 10)
 
 
@@ -178,6 +178,34 @@ def test_an_arm_carries_what_belongs_to_its_optimizer(tmp_path: Path) -> None:
     assert (adamw.averaged, adamw.schedule.kind) == (Readout.EMA, ScheduleKind.COSINE)
     assert (schedule_free.averaged, schedule_free.schedule.kind) == (Readout.SCHEDULE_FREE, ScheduleKind.CONSTANT)
     assert (adamw.space.name, schedule_free.space.name) == ("adamw", "schedule_free")
+
+
+SECOND_ARMS: list[Any] = [
+    "adamw",
+    {"name": "adamw-untuned", "optimizer": "adamw", "untuned": True},
+    {"name": "adamw-audit", "optimizer": "adamw", "budget": 2},
+    {"name": "soap-untuned", "optimizer": "soap", "untuned": True, "fixed": {"precondition_frequency": 7}},
+]
+
+
+def test_a_second_arm_of_an_optimizer_searches_more_or_not_at_all(tmp_path: Path) -> None:
+    study = resolved(tmp_path, optimizers=SECOND_ARMS)
+    adamw, untuned, audit, soap = plan_arms(study)
+    assert [arm.trials for arm in (adamw, untuned, audit, soap)] == [9, 1, 18, 1]
+    assert {arm.rule for arm in (adamw, untuned, audit)} == {"adamw"}
+    assert audit.space.parameters == adamw.space.parameters
+    assert untuned.space.parameters == {}
+    assert untuned.space.fixed_values() == adamw.space.defaults()
+    assert soap.space.fixed_values()["precondition_frequency"] == 7
+    assert [row["confirm_trials"] for row in plan_summary(study)["arms"]] == [10, 5, 10, 5]
+
+
+def test_second_arms_are_the_same_after_they_were_frozen(tmp_path: Path) -> None:
+    study = resolved(tmp_path, optimizers=SECOND_ARMS)
+    study.write(tmp_path / "run")
+    again = load_run(tmp_path / "run")
+    assert again.hash == study.hash
+    assert again.spaces == study.spaces
 
 
 def test_keys_name_arm_stage_configuration_and_seed(tmp_path: Path) -> None:

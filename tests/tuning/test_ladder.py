@@ -107,6 +107,16 @@ def test_arrival_has_no_part_in_deterministic_decisions(
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+def test_a_rung_lets_as_many_go_on_as_the_confirm_stage_takes() -> None:
+    rungs = Ladder(Asha(reduction_factor=3), (1, 3), names(9), fewest=4)
+    for index, name in enumerate(names(9)):
+        decided = rungs.arrive(name, 1, float(index))
+    assert sum(decision.goes_on for decision in decided) == 4
+    for index, name in enumerate(names(4)):
+        decided = rungs.arrive(name, 3, float(index))
+    assert all(decision.goes_on for decision in decided)
+
+
 def test_ties_are_broken_by_the_trials_id() -> None:
     rungs = ladder(["b", "a", "c"], rungs=(1,))
     for name in ("c", "b", "a"):

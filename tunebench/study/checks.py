@@ -38,6 +38,8 @@ def study_problems(study: Study) -> Iterator[Problem]:
         yield from _workload_problems(workload, f"workloads[{index}]")
     yield from _schedule_problems(study.schedule, "schedule")
     for index, arm in enumerate(study.optimizers):
+        if arm.untuned and arm.budget > 1:
+            yield Problem(f"optimizers[{index}].budget", arm.budget, "left out: an untuned arm has one configuration")
         if arm.schedule is not None:
             yield from _schedule_problems(arm.schedule, f"optimizers[{index}].schedule")
     yield from _objective_problems(study)

@@ -96,17 +96,34 @@ def _one_ladder_per_arm(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged
 
 
 def _equal_budget(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
-    return _PASS, f"{resolved.study.tune.trials_per_arm} configurations for every arm", ""
+    trials = resolved.study.tune.trials_per_arm
+    larger = [arm.name for arm in resolved.study.optimizers if arm.budget > 1]
+    audits = f"; {', '.join(larger)} searches more, as an audit, and its rank does not count" if larger else ""
+    return _PASS, f"{trials} configurations for every arm that competes{audits}", ""
+
+
+def _baselines(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
+    entries = resolved.study.optimizers
+    missing = [] if any(arm.untuned for arm in entries) else ["an untuned arm"]
+    missing += [] if any(arm.budget > 1 for arm in entries) else ["an audit of the baseline with twice the budget"]
+    if not missing:
+        return _PASS, "an untuned arm tells what tuning is worth, an audit whether it sufficed", ""
+    mend = "optimizers: {name: adamw-untuned, optimizer: adamw, untuned: true}, and one with budget: 2"
+    return _WARN, f"without {' and '.join(missing)} nobody knows whether the budget sufficed", mend
 
 
 def _search_spaces(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     mend = "a range of the learning rate in every arm's search space, as many decades in each"
     decades = {}
-    for name, space in resolved.spaces.items():
+    tuned = [arm.name for arm in resolved.study.optimizers if not arm.untuned]
+    for name in tuned:
+        space = resolved.spaces[name]
         rates = [p for p in space.parameters.values() if p.role is Role.LEARNING_RATE and isinstance(p, FloatParameter)]
         if not rates:
             return _FAIL, f"{name} does not search its learning rate", mend
         decades[name] = math.log10(rates[0].high / max(rates[0].low, 1e-300))
+    if not decades:
+        return _FAIL, "every arm is untuned", mend
     narrow, wide = min(decades, key=lambda n: decades[n]), max(decades, key=lambda n: decades[n])
     if decades[wide] - decades[narrow] > _SAME_RANGE:
         reason = f"{narrow} searches {decades[narrow]:.2g} decades of the learning rate, {wide} {decades[wide]:.2g}"
@@ -246,4 +263,5 @@ _RULES: dict[str, Callable[[ResolvedStudy, list[ArmPlan]], _Judged]] = {
     "F13": _sentinels,
     "F14": _order,
     "F15": _workloads,
+    "F17": _baselines,
 }

@@ -26,8 +26,8 @@ class ResolvedStudy:
     Attributes:
         study: the file with defaults filled in; paths of data files are absolute.
         file: where it was read from.
-        spaces: by optimizer, its search space after `fixed` has been taken out of the search.
-        schedules: by optimizer, its learning-rate schedule.
+        spaces: by name of the optimizer's entry, its search space after `fixed` has been taken out of the search.
+        schedules: likewise, its learning-rate schedule.
         hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count, nor do
             `engine` and `resources.slots`: a run may go on with another engine.
     """
@@ -47,8 +47,11 @@ class ResolvedStudy:
         study = self.study.model_dump(mode="json")
         for arm in study["optimizers"]:
             arm["search_space"] = f"{record.SEARCH_SPACES}/{arm['name']}.yaml"
+        rules = {arm.name: arm.rule for arm in self.study.optimizers}
         texts = {
-            f"{record.SEARCH_SPACES}/{name}.yaml": write_yaml(space.model_dump(mode="json", exclude_unset=True))
+            f"{record.SEARCH_SPACES}/{name}.yaml": write_yaml(
+                space.model_dump(mode="json", exclude_unset=True) | {"name": rules[name]}
+            )
             for name, space in self.spaces.items()
         }
         texts |= {record.STUDY: write_yaml(study), record.STUDY_HASH: f"{self.hash}\n"}
@@ -104,21 +107,28 @@ def _read(file: Path) -> tuple[Study, dict[str, SearchSpace]]:
 
 
 def _space(arm: Arm, index: int, file: Path) -> SearchSpace:
-    if arm.name not in shipped_optimizers():
-        raise StudyError(file, f"optimizers[{index}].name", arm.name, one_of(available_optimizers(), arm.name))
+    if arm.rule not in shipped_optimizers():
+        key = f"optimizers[{index}].{'optimizer' if arm.optimizer else 'name'}"
+        raise StudyError(file, key, arm.rule, one_of(available_optimizers(), arm.rule))
     if arm.search_space is None:
-        return SearchSpace.load(arm.name)
+        return SearchSpace.load(arm.rule)
     try:
         path = existing_file(arm.search_space, file.resolve().parent)
     except NoSuchFileError as error:
         raise StudyError(file, f"optimizers[{index}].search_space", arm.search_space, str(error)) from None
-    return SearchSpace.load(arm.name, path)
+    return SearchSpace.load(arm.rule, path)
 
 
 def _resolved(file: Path, study: Study, spaces: Mapping[str, SearchSpace]) -> ResolvedStudy:
-    fixed = {arm.name: spaces[arm.name].fix(arm.fixed) for arm in study.optimizers}
+    fixed = {arm.name: _space_of(arm, spaces[arm.name]) for arm in study.optimizers}
     schedules = {arm.name: fixed[arm.name].schedule_of(arm, study.schedule) for arm in study.optimizers}
     return ResolvedStudy(study=study, file=file, spaces=fixed, schedules=schedules, hash=_hash(study, fixed))
+
+
+def _space_of(arm: Arm, space: SearchSpace) -> SearchSpace:
+    """What the arm searches, under the arm's name."""
+    searched = space.fix(arm.fixed)
+    return (searched.untuned() if arm.untuned else searched).model_copy(update={"name": arm.name})
 
 
 def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:

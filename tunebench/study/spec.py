@@ -175,7 +175,16 @@ class Workload(Section):
 class Arm(Section):
     """An optimizer that takes part; a bare name stands for `{name: NAME}`."""
 
-    name: Name = Field(description="a file of search_spaces/")
+    name: Name = Field(description="a file of search_spaces/, or with `optimizer` any name")
+    optimizer: Name | None = Field(
+        default=None, description="a file of search_spaces/, for a second arm of an optimizer under another name"
+    )
+    untuned: bool = Field(
+        default=False, description="one configuration with every default in place of a search: what tuning is worth"
+    )
+    budget: PositiveInt = Field(
+        default=1, description="times `tune.trials_per_arm`; 2 for an audit whether a baseline was tuned well"
+    )
     search_space: str | None = Field(
         default=None, description="path of another search-space file, relative to the study"
     )
@@ -183,6 +192,11 @@ class Arm(Section):
     fixed: dict[str, Any] = Field(
         default_factory=dict, description="hyperparameters that are not searched, with their value"
     )
+
+    @property
+    def rule(self) -> str:
+        """The optimizer whose search space and update rule it takes."""
+        return self.optimizer or self.name
 
 
 def _named_arm(value: object) -> object:
@@ -361,6 +375,11 @@ class Study(Section):
         default_factory=dict,
         description="rules of a fair comparison that the study breaks, F1 to F19, each with a reason",
     )
+
+    def trials_of(self, arm: str) -> int:
+        """Configurations that the tune stage gives to an optimizer's arms, by the arm's name."""
+        found = next(entry for entry in self.optimizers if entry.name == arm)
+        return 1 if found.untuned else found.budget * self.tune.trials_per_arm
 
 
 class InWords(str):

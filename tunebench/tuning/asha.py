@@ -25,7 +25,7 @@ _ACTIONS = {
 
 
 def arm_ladders(
-    asha: Asha | None, rungs: Mapping[str, tuple[int, ...]], records: Iterable[TrialRecord]
+    asha: Asha | None, rungs: Mapping[str, tuple[int, ...]], records: Iterable[TrialRecord], fewest: int = 1
 ) -> dict[str, Ladder]:
     """A ladder for every arm with rungs, rebuilt from the journal's records of one stage.
 
@@ -33,6 +33,7 @@ def arm_ladders(
         asha: how the study stops; None stops nothing.
         rungs: steps by arm.
         records: all trials of the stage.
+        fewest: trials that a rung lets go on at least.
     """
     of_arm: dict[str, list[TrialRecord]] = {arm: [] for arm, steps in rungs.items() if asha is not None and steps}
     for record in records:
@@ -41,7 +42,7 @@ def arm_ladders(
     for arm, planned in of_arm.items():
         names = [record.key.trial_id for record in planned]
         assert asha is not None
-        ladder = Ladder(asha, rungs[arm], names, [r.key.trial_id for r in planned if r.sentinel])
+        ladder = Ladder(asha, rungs[arm], names, [r.key.trial_id for r in planned if r.sentinel], fewest)
         for record in planned:
             ended = record.reason is not None
             ladder.rebuild(record.key.trial_id, record.rungs, record.decisions, ended=ended)

@@ -20,13 +20,12 @@ def disk_bytes(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> int
     Those of the tune stage while trials wait at their rungs, and those kept after the confirm stage: two files of each
     trial, one to resume and NequIP's own.
     """
-    study = resolved.study
-    confirmed = study.confirm.top_k * study.confirm.seeds * 2
-    kept = confirmed if study.keep_checkpoints != "none" else 0
-    return sum(
-        checkpoint_bytes(resolved, arm, data[arm.workload.name]) * (study.tune.trials_per_arm + kept)
-        for arm in plan_arms(resolved)
-    )
+    confirm, keeps = resolved.study.confirm, resolved.study.keep_checkpoints != "none"
+    total = 0
+    for arm in plan_arms(resolved):
+        kept = 2 * min(confirm.top_k, arm.trials) * confirm.seeds if keeps else 0
+        total += checkpoint_bytes(resolved, arm, data[arm.workload.name]) * (arm.trials + kept)
+    return total
 
 
 def checkpoint_bytes(resolved: ResolvedStudy, arm: ArmPlan, data: PreparedData) -> int:

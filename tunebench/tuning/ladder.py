@@ -1,10 +1,11 @@
 """The rungs of one arm and what they decide, apart from Tune, clocks and files.
 
 Successive halving after Li et al., arXiv:1810.05934. In the promotion form a trial waits at its rung and goes on when
-it is among the best ``1 / reduction_factor`` of its arm's trials there. In the deterministic order a rung is decided
-once, when every trial that can still come has come or ended, so nothing but the results counts; in the asynchronous
-order a trial goes on as soon as it is among the best of those seen so far. In the stopping form nobody waits: a trial
-is judged when it arrives, by those who came before.
+it is among the best ``1 / reduction_factor`` of its arm's trials there, or among so many as the confirm stage takes: a
+search that leaves fewer would select by errors of different ages. In the deterministic order a rung is decided once,
+when every trial that can still come has come or ended, so nothing but the results counts; in the asynchronous order a
+trial goes on as soon as it is among the best of those seen so far. In the stopping form nobody waits: a trial is
+judged when it arrives, by those who came before.
 
 Sentinels are chosen before the start and never stopped; what the rung would have done with them is recorded.
 """
@@ -71,12 +72,18 @@ class Ladder:
         rungs: ascending steps.
         trials: ids of all trials of the arm.
         sentinels: ids of those that are never stopped.
+        fewest: trials that a rung lets go on at least, once it is decided; the stopping form knows 1 only.
     """
 
     def __init__(
-        self, asha: Asha, rungs: tuple[int, ...], trials: Iterable[str], sentinels: Iterable[str] = ()
+        self,
+        asha: Asha,
+        rungs: tuple[int, ...],
+        trials: Iterable[str],
+        sentinels: Iterable[str] = (),
+        fewest: int = 1,
     ) -> None:
-        self._asha, self.rungs = asha, rungs
+        self._asha, self.rungs, self._fewest = asha, rungs, fewest
         self._trials, self._sentinels = frozenset(trials), frozenset(sentinels)
         self._values: dict[int, dict[str, float]] = {rung: {} for rung in rungs}
         self._decisions: dict[int, dict[str, Decision]] = {rung: {} for rung in rungs}
@@ -146,7 +153,8 @@ class Ladder:
             entrants = self._entrants(index)
             if self._is_complete(index, entrants):
                 self._closed.add(rung)
-                new += self._decide(rung, entrants, max(len(entrants) // self._asha.reduction_factor, 1), close=True)
+                best = max(len(entrants) // self._asha.reduction_factor, self._fewest)
+                new += self._decide(rung, entrants, best, close=True)
             elif self._asha.order is AshaOrder.ASYNCHRONOUS:
                 arrived = entrants & self._values[rung].keys()
                 new += self._decide(rung, arrived, len(arrived) // self._asha.reduction_factor, close=False)

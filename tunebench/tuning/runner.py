@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +117,8 @@ class _Run:
             self._plan_sobol()
             self._run_stage(Stage.TUNE)
             return
-        for planned in _rounds(self._study.tune.trials_per_arm):
-            self._plan_tpe(planned)
+        for number in range(_TPE_ROUNDS):
+            self._plan_tpe(number)
             self._run_stage(Stage.TUNE)
 
     def confirm(self) -> None:
@@ -133,7 +132,7 @@ class _Run:
         self._run_stage(Stage.CONFIRM)
 
     def _plan_sobol(self) -> None:
-        count = self._study.tune.trials_per_arm
+        count = max(arm.trials for arm in self._arms)
         points = {
             workload.name: sobol_points(
                 self._resolved.spaces.values(), count, named_seed(self._study.seed, "sobol", workload.name)
@@ -142,12 +141,15 @@ class _Run:
         }
         for index in range(count):
             for arm in self._arms:
+                if index >= arm.trials:
+                    continue
                 params = configuration(arm.space, points[arm.workload.name][index])
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
-    def _plan_tpe(self, planned: range) -> None:
+    def _plan_tpe(self, number: int) -> None:
         records = read_trials(self._options.run)
         for arm in self._arms:
+            planned = _round(number, arm.trials)
             of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
             if len(of_arm) >= planned.stop:  # planned by an earlier start
                 continue
@@ -221,6 +223,7 @@ def best_configurations(records: list[TrialRecord], arm: str, count: int) -> lis
     return usable[:count]
 
 
-def _rounds(trials: int) -> Iterator[range]:
+def _round(number: int, trials: int) -> range:
+    """Configurations of one of the rounds; late rounds of a small arm are empty."""
     size = math.ceil(trials / _TPE_ROUNDS)
-    return (range(start, min(start + size, trials)) for start in range(0, trials, size))
+    return range(min(number * size, trials), min((number + 1) * size, trials))

@@ -73,7 +73,9 @@ def run_stage(
     pool.plan(tenants, others_wait=bool(alone))
     # the queue and the scheduler each ask the other while the stage runs
     queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting)
-    scheduler = PerArmAsha(arm_ladders(study.tune.asha, rungs, records), keys.__getitem__, queue.room_for)
+    scheduler = PerArmAsha(
+        arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for
+    )
     recorder = Recorder(
         journal,
         scheduler,
