@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from tunebench import __version__
+from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
@@ -175,6 +176,30 @@ def calibrate(
 
 
 @app.command()
+def pause(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Let every trial of a running study give up its device at its next evaluation; the driver waits."""
+    _ask(run_folder, Wish.PAUSE, as_json)
+
+
+@app.command()
+def resume(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Let a paused, draining or cancelled study go on; one without a driver needs `tunebench run` as well."""
+    _ask(run_folder, Wish.RESUME, as_json)
+
+
+@app.command()
+def drain(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Start nothing new; the driver ends when what trains has reached its next rung or its end."""
+    _ask(run_folder, Wish.DRAIN, as_json)
+
+
+@app.command()
+def cancel(run_folder: RunFolder, as_json: Json = False) -> None:
+    """End the driver at once, keep everything, and do not start again before `tunebench resume`."""
+    _ask(run_folder, Wish.CANCEL, as_json)
+
+
+@app.command()
 def status(run_folder: RunFolder, as_json: Json = False) -> None:
     """Count a run's trials by arm, stage and how they ended."""
     from tunebench.study.status import run_status
@@ -288,6 +313,11 @@ def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     prepared = prepare_workloads(resolved, _stderr())
     rows = {w.name: inspect(prepared[w.name], w.model.r_max_angstrom) for w in resolved.study.workloads}
     _print(rows, as_json, lambda r: json.dumps(r, indent=2))
+
+
+def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:
+    ask(run_folder, wish)
+    _print({"run": str(run_folder), "asked": wish.value}, as_json, lambda a: f"{a['run']}: {a['asked']}")
 
 
 def _write_report(run_folder: Path, out: Path | None = None) -> dict[str, Any]:
@@ -422,6 +452,7 @@ def _milliseconds(timed: dict[str, Any] | None) -> str:
 
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
+    state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective"):

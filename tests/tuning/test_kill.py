@@ -86,31 +86,50 @@ def kill_once(study: Path, run: Path, size: int, delay_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def survivor(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `finished_run`'s study that was killed again and again, with what it had paid for at each kill."""
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms of three trials, one of them a sentinel, two at a time: few processes, so that starts are quick."""
+    asha = {"grace_steps": 3, "reduction_factor": 2, "sentinels": 1}
+    return write_study(
+        tmp_path_factory.mktemp("study"),
+        tune={"trials_per_arm": 3, "asha": asha},
+        confirm={"top_k": 1, "seeds": 1},
+        resources={"concurrent_trials": 2, "slots": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(study: Path) -> Path:
+    """The study run without interruption."""
+    tunebench("run", study, "--run", study.parent / "whole")
+    return study.parent / "whole"
+
+
+@pytest.fixture(scope="module")
+def survivor(study: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same study killed again and again, with what it had paid for at each kill."""
     folder = tmp_path_factory.mktemp("killed")
-    study, run = write_study(folder), folder / "run"
+    run = folder / "run"
     draw = np.random.default_rng(1)
-    for number, size in enumerate(moments(finished_run)):
+    for number, size in enumerate(moments(whole)):
         kill_once(study, run, size, float(draw.uniform(0.0, 0.4)))
         shutil.copytree(run, folder / f"after-{number}", ignore=shutil.ignore_patterns(".tune", "tensorboard", "logs"))
     tunebench("run", study, "--run", run)
     return run
 
 
-def test_decisions_and_survivors_are_those_of_an_uninterrupted_run(survivor: Path, finished_run: Path) -> None:
-    assert decisions(survivor) == decisions(finished_run)
-    whole = {trial.key.trial_id: trial for trial in read_trials(finished_run)}
+def test_decisions_and_survivors_are_those_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
+    assert decisions(survivor) == decisions(whole)
+    uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
     for trial in read_trials(survivor):
-        assert trial.rungs == pytest.approx(whole[trial.key.trial_id].rungs, rel=1e-3)
+        assert trial.rungs == pytest.approx(uninterrupted[trial.key.trial_id].rungs, rel=1e-3)
 
 
-def test_the_ranking_is_that_of_an_uninterrupted_run(survivor: Path, finished_run: Path) -> None:
-    assert order_of_arms(survivor) == order_of_arms(finished_run)
-    whole = {trial.key.trial_id: trial for trial in read_trials(finished_run)}
+def test_the_ranking_is_that_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
+    assert order_of_arms(survivor) == order_of_arms(whole)
+    uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
     for trial in read_trials(survivor):
         if trial.key.stage is Stage.CONFIRM:
-            assert trial.value == pytest.approx(whole[trial.key.trial_id].value, rel=1e-3)
+            assert trial.value == pytest.approx(uninterrupted[trial.key.trial_id].value, rel=1e-3)
 
 
 def test_no_step_up_to_a_checkpoint_is_paid_twice(survivor: Path) -> None:

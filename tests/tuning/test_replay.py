@@ -71,8 +71,8 @@ def test_with_default_settings_the_best_configuration_survives_in_95_of_100_simu
     assert min(kept.values()) >= 950, kept
 
 
-def test_one_ladder_for_all_arms_would_lose_the_slow_starter_that_ends_best() -> None:
-    draw, asha = np.random.default_rng(1), Asha(sentinels=0)
+def test_with_an_early_rung_one_ladder_for_all_arms_loses_the_slow_starter_far_more_often_than_one_each() -> None:
+    draw, asha = np.random.default_rng(1), Asha(sentinels=0, grace_steps=40)
     pooled = apart = slow_is_best = 0
     for study in range(200):
         slow, fast = learning_curves(draw, 16, slow=True), learning_curves(draw, 16)
@@ -83,8 +83,7 @@ def test_one_ladder_for_all_arms_would_lose_the_slow_starter_that_ends_best() ->
         pooled += winner in survivors({**slow, **fast}, asha, study)
         apart += winner in survivors(slow, asha, study)
     assert slow_is_best > 100
-    assert apart > 0.85 * slow_is_best
-    assert pooled < 0.5 * slow_is_best
+    assert apart > 2 * pooled
 
 
 def test_a_deterministic_replay_knows_one_outcome_and_an_asynchronous_one_several() -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tunebench.study.control import asked
 from tunebench.study.errors import RunError
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
@@ -26,6 +27,7 @@ def run_status(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
+        "asked": asked(run).value,
         "trials": len(trials),
         "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
         "arms": [_counts([t for t in trials if (t.key.arm, t.key.stage) == arm]) for arm in arms],

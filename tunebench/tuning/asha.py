@@ -13,6 +13,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from tunebench.study.control import Wish
 from tunebench.study.record import TrialKey, TrialRecord
 from tunebench.study.spec import Asha
 from tunebench.tuning.ladder import Decision, Fate, Ladder
@@ -60,6 +61,7 @@ class PerArmAsha(FIFOScheduler):
         ladders: by arm; an arm without one is never stopped.
         key_of: trial keys by trial id.
         room_for: whether a trial that was promoted may start now, given the ids of those that are active.
+        wish: what was asked of the run.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class PerArmAsha(FIFOScheduler):
         ladders: Mapping[str, Ladder],
         key_of: Callable[[str], TrialKey],
         room_for: Callable[[str, Collection[str]], bool] = lambda trial, active: True,
+        wish: Callable[[], Wish] = lambda: Wish.RESUME,
     ):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._ladders, self._key_of, self._room_for = ladders, key_of, room_for
+        self._ladders, self._key_of, self._room_for, self._wish = ladders, key_of, room_for, wish
+        self._held: set[str] = set()
         self._at_rung: dict[str, int] = {}
         self._undelivered = [decision for ladder in ladders.values() for decision in ladder.settle()]
 
@@ -85,12 +89,18 @@ class PerArmAsha(FIFOScheduler):
 
     @property
     def waiting(self) -> frozenset[str]:
-        """Trials that wait at a rung, or have just been decided there; they need no place."""
-        return frozenset(self._at_rung)
+        """Trials that wait at a rung or in a pause of the run; they need no place."""
+        return frozenset({*self._at_rung, *self._held})
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Let a trial wait, go on or stop at a rung; let it go on anywhere else."""
-        key = self._key_of(trial.config["trial"])
+        """Let a trial wait, go on or stop at a rung; let it go on anywhere else, unless the run is paused."""
+        action = self._at_evaluation(self._key_of(trial.config["trial"]), result)
+        if action == TrialScheduler.CONTINUE and result["outcome"] is None and self._wish() is Wish.PAUSE:
+            self._held.add(trial.config["trial"])
+            return str(TrialScheduler.PAUSE)
+        return action
+
+    def _at_evaluation(self, key: TrialKey, result: dict[str, Any]) -> str:
         ladder = self._ladders.get(key.arm)
         if ladder is None:
             return str(TrialScheduler.CONTINUE)
@@ -111,11 +121,11 @@ class PerArmAsha(FIFOScheduler):
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has ended."""
-        self._at_rung.pop(trial.config["trial"], None)
+        self._forget(trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """A waiting trial has been stopped."""
-        self._at_rung.pop(trial.config["trial"], None)
+        self._forget(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
@@ -127,8 +137,8 @@ class PerArmAsha(FIFOScheduler):
         active = {t.config["trial"] for t in trials if t.status in (Trial.RUNNING, Trial.PENDING)}
         for trial in paused:
             name = trial.config["trial"]
-            if self._fate(trial) is Fate.GO_ON and self._room_for(name, active - self.waiting):
-                del self._at_rung[name]
+            if self._may_go_on(trial) and self._room_for(name, active - self.waiting):
+                self._forget(trial)
                 return trial
         pending: Trial | None = next((trial for trial in trials if trial.status == Trial.PENDING), None)
         return pending
@@ -146,9 +156,18 @@ class PerArmAsha(FIFOScheduler):
             return Fate.WAIT
         return self._ladders[self._key_of(name).arm].fate(name, self._at_rung[name])
 
+    def _may_go_on(self, trial: Trial) -> bool:
+        if self._wish() is not Wish.RESUME:
+            return False
+        return trial.config["trial"] in self._held or self._fate(trial) is Fate.GO_ON
+
+    def _forget(self, trial: Trial) -> None:
+        self._at_rung.pop(trial.config["trial"], None)
+        self._held.discard(trial.config["trial"])
+
     def _left(self, trial: Trial) -> None:
         name = trial.config["trial"]
-        self._at_rung.pop(name, None)
+        self._forget(trial)
         ladder = self._ladders.get(self._key_of(name).arm)
         if ladder is not None:
             self._undelivered += ladder.end(name)

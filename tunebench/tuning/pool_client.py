@@ -83,6 +83,7 @@ class TrialQueue(BasicVariantGenerator):
         pool: knows how many slots there are.
         others: upper bound on the other trials at once.
         waiting: trials at a rung.
+        closed: whether nothing new may start; it may end the run where nothing is left to wait for.
     """
 
     def __init__(
@@ -91,13 +92,16 @@ class TrialQueue(BasicVariantGenerator):
         pool: PoolClient,
         others: int | None,
         waiting: Callable[[], Collection[str]] = tuple,
+        closed: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self._tenants, self._tenants_left = frozenset(tenants), len(tenants)
-        self._pool, self._others, self._waiting = pool, others or 0, waiting
+        self._pool, self._others, self._waiting, self._closed = pool, others or 0, waiting, closed
 
     def next_trial(self) -> Any:
-        """The next trial, or None while its kind has no room."""
+        """The next trial, or None while its kind has no room or nothing may start."""
+        if self._closed():
+            return None
         bound = self._pool.capacity() if self._tenants_left else self._others
         self.max_concurrent = bound and bound + len(self._waiting())
         trial = super().next_trial()  # type: ignore[no-untyped-call]

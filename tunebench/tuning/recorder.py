@@ -35,6 +35,7 @@ class Recorder(Callback):
         left: called with a trial that waits or was stopped at a rung and with what came with its report, so that its
             slot gets free at once.
         stopped: called with the key of a trial that was stopped and its last evaluation.
+        obey: called after every step of Tune with the number of trials that train or are about to.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Recorder(Callback):
         engines: Mapping[str, str],
         left: Callable[[str, Mapping[str, Any]], None] = lambda trial, result: None,
         stopped: Callable[[TrialKey, Evaluation], None] = lambda key, last: None,
+        obey: Callable[[int], None] = lambda active: None,
     ) -> None:
-        self._left, self._stopped = left, stopped
+        self._left, self._stopped, self._obey = left, stopped, obey
         self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
         self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
@@ -80,8 +82,18 @@ class Recorder(Callback):
         self._progress.evaluated(key, evaluation)
         if evaluation.outcome is not None:
             self._finish(key, evaluation.outcome, {"message": evaluation.message})
-        elif at_rung:
+        elif at_rung or key.trial_id in self._scheduler.waiting:
             self._settle(key, result)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Do what was asked of the run.
+
+        Raises:
+            Interrupted: it was asked to end.
+        """
+        waiting = self._scheduler.waiting
+        going = (t for t in trials if t.status in (Trial.RUNNING, Trial.PENDING))
+        self._obey(sum(trial.config["trial"] not in waiting for trial in going))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close a trial that was stopped while it waited at its rung."""
@@ -106,7 +118,7 @@ class Recorder(Callback):
             self._journal.decide(self._keys[decision.trial], decision.to_plain())
 
     def _settle(self, key: TrialKey, result: Mapping[str, Any]) -> None:
-        """A trial at its rung waits, is stopped, or goes on."""
+        """A trial at its rung, or in a paused run, waits, is stopped, or goes on."""
         waits = key.trial_id in self._scheduler.waiting
         if waits:
             self._progress.waits(key)

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from tunebench.engine.board import TrialBoard, write_experiment
 from tunebench.engine.task import Evaluation, TrialTask
-from tunebench.study.errors import RunError
+from tunebench.study.control import Control, Wish
+from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Reason, Stage, TrialRecord
@@ -72,9 +73,10 @@ def run_stage(
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     pool.plan(tenants, others_wait=bool(alone))
     # the queue and the scheduler each ask the other while the stage runs
-    queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting)
+    orders = _Orders(options.run)
+    queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed)
     scheduler = PerArmAsha(
-        arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for
+        arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for, orders.wish
     )
     recorder = Recorder(
         journal,
@@ -86,30 +88,59 @@ def run_stage(
         names,
         left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
         stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
+        obey=orders.obey,
     )
+    trainable = tune.with_resources(
+        tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
+        Shares(trial_resources(study.resources), frozenset(alone)),
+    )
+    tune_config = tune.TuneConfig(
+        scheduler=scheduler,
+        search_alg=queue,
+        reuse_actors=True,
+        trial_name_creator=_trial_id,
+        trial_dirname_creator=_trial_id,
+    )
+    run_config = tune.RunConfig(
+        name=stage.value,
+        storage_path=str(storage),
+        verbose=0,
+        callbacks=[recorder],
+        failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
+    )
+    space = {"trial": tune.grid_search([*tenants, *alone])}
     with progress:
-        tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
-                Shares(trial_resources(study.resources), frozenset(alone)),
-            ),
-            param_space={"trial": tune.grid_search([*tenants, *alone])},
-            tune_config=tune.TuneConfig(
-                scheduler=scheduler,
-                search_alg=queue,
-                reuse_actors=True,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name=stage.value,
-                storage_path=str(storage),
-                verbose=0,
-                callbacks=[recorder],
-                failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
-            ),
-        ).fit()
+        tune.Tuner(trainable, param_space=space, tune_config=tune_config, run_config=run_config).fit()
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+class _Orders:
+    """What was asked of the run, as its stage obeys it."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._active = run, 0
+        self.wish = Control(run).wish
+
+    def closed(self) -> bool:
+        """Whether no further trial may begin; Tune asks in a loop of its own where it has none at all.
+
+        Raises:
+            Interrupted: as `obey`.
+        """
+        self.obey(self._active)
+        return self.wish() is not Wish.RESUME
+
+    def obey(self, active: int) -> None:
+        """End the run where that is asked: at once, or with the last of its active trials.
+
+        Raises:
+            Interrupted: it ends; its state is kept.
+        """
+        self._active = active
+        if self.wish() is Wish.CANCEL:
+            raise Interrupted(f"{self._run}: cancelled; `tunebench resume` lets `tunebench run` go on")
+        if self.wish() is Wish.DRAIN and not active:
+            raise Interrupted(f"{self._run}: drained; `tunebench run` goes on")
 
 
 def _close_board(task: TrialTask, last: Evaluation) -> None:
