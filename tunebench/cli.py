@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from tunebench import __version__
@@ -133,6 +135,7 @@ def run(
     study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
+    extend: Annotated[int, typer.Option(min=0, help="further configurations for every arm of a run that began")] = 0,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -149,7 +152,7 @@ def run(
         folder = run_folder or default_run_folder(resolved, Path("runs"))
     console = _stderr() if as_json else _stdout()
     console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-    records = run_study(resolved, RunOptions(run=folder, address=address), console)
+    records = run_study(resolved, RunOptions(run=folder, address=address, extend=extend), console)
     summary: dict[str, Any] = {"run": str(folder), "trials": len(records)}
     if report:
         summary |= _write_report(folder)
@@ -205,6 +208,27 @@ def status(run_folder: RunFolder, as_json: Json = False) -> None:
     from tunebench.study.status import run_status
 
     _print(run_status(run_folder), as_json, _status_table)
+
+
+@app.command()
+def watch(
+    run_folder: RunFolder,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Show the status of a run until it is finished, from its journal alone; with --json a line per look."""
+    from tunebench.study.status import run_status
+
+    summary = run_status(run_folder)
+    with Live(_status_table(summary), console=_stderr() if as_json else _stdout(), transient=as_json) as live:
+        while True:
+            if as_json:
+                typer.echo(json.dumps(summary))
+            if summary["finished"]:
+                return
+            time.sleep(every)
+            summary = run_status(run_folder)
+            live.update(_status_table(summary))
 
 
 @app.command()

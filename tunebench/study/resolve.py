@@ -11,6 +11,7 @@ from typing import Any
 
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
+from tunebench.study.extension import extended
 from tunebench.study.files import replacing
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
@@ -73,13 +74,14 @@ def resolve(path: Path) -> ResolvedStudy:
 
 
 def load_run(run: Path) -> ResolvedStudy:
-    """The study that a run directory was started with.
+    """The study that a run directory was started with, and extended to.
 
     To read it takes the directory alone. To go on with the run takes the data files as well, where the study names
     them, even if their prepared set is in the cache: its name is a hash that covers their content.
 
     Raises:
         StudyError: the directory holds no study, or one that was edited after the run had started.
+        RunError: its extension cannot be read.
     """
     file, hash_file = run / record.STUDY, run / record.STUDY_HASH
     if not file.is_file():
@@ -96,7 +98,7 @@ def load_run(run: Path) -> ResolvedStudy:
     if resolved.hash != frozen:
         allowed = f"hash {frozen[:12]} of {record.STUDY_HASH}: a started study stays as it is; copy it to start another"
         raise StudyError(file, "", InWords(f"a study or search space with hash {resolved.hash[:12]}"), allowed)
-    return resolved
+    return extended(resolved, run)
 
 
 def _read(file: Path) -> tuple[Study, dict[str, SearchSpace]]:

@@ -16,7 +16,8 @@ from rich.console import Console
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.environment import write_environment
-from tunebench.study.errors import Interrupted
+from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.extension import extend, extended
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.lint import refuse_unfair
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
@@ -46,10 +47,12 @@ class RunOptions:
     Attributes:
         run: the run directory.
         address: Ray cluster to join, None for a cluster of this machine alone.
+        extend: further configurations for every arm of a run that has begun.
     """
 
     run: Path
     address: str | None = None
+    extend: int = 0
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -67,6 +70,11 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
     terminate_like_interrupt()
     refuse_unfair(resolved)
     with held_run(resolved, options.run):
+        if options.extend:
+            if not (options.run / JOURNAL).exists():
+                raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
+            extend(resolved, options.run, options.extend)
+        resolved = extended(resolved, options.run)
         data = prepare_workloads(resolved, console)
         if not (options.run / JOURNAL).exists():
             check_arms(resolved, data)
