@@ -51,6 +51,9 @@ def test_the_installed_command_reports_bad_input_without_a_traceback(tmp_path: P
     [
         ["run", "nowhere.yaml"],
         ["status", "nowhere"],
+        ["watch", "nowhere"],
+        ["replay", "nowhere"],
+        ["pause", "nowhere"],
         ["explain", "x", "nowhere"],
         ["report", "nowhere"],
         ["inspect", "nowhere.yaml"],
@@ -65,6 +68,14 @@ def test_what_is_not_there_is_bad_input_in_one_line(
     assert run_command(arguments) == BAD_INPUT
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_watch_ends_with_the_run(synthetic_run: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_command(["watch", str(synthetic_run), "--json"]) == DONE
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert json.loads(line)["finished"] is True
+    assert run_command(["watch", str(synthetic_run)]) == DONE
+    assert "finished" in capsys.readouterr().out
 
 
 def test_schema_prints_json_schema(capsys: pytest.CaptureFixture[str]):

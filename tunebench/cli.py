@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from tunebench import __version__
+from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
-from tunebench.study.spec import StudyError
+from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document on s
 _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
 _LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
+STAGES = ("tune", "confirm")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -74,15 +79,25 @@ def options(
 def plan(
     study: StudyFile,
     measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
+    seed_sd: Annotated[
+        float, typer.Option("--seed-sd", min=0.0, help="assumed seed-to-seed deviation of an error, as a share of it")
+    ] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Show what a study will do: engine, trials, rungs, expected device-seconds. Makes its data, trains nothing."""
+    """Judge a study by the rules of a fair comparison and show what it will do. Makes its data, trains nothing.
+
+    Rungs, expected survivors, device-hours by stage, disk, and the smallest difference that its seeds resolve. Exits 1
+    where a rule fails that the study does not waive.
+    """
+    from tunebench.study.lint import lint
     from tunebench.study.plan import plan_summary
+    from tunebench.study.power import LEVEL, POWER, smallest_difference
     from tunebench.study.resolve import resolve
     from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
     resolved = resolve(study)
+    findings = lint(resolved)
     data = prepare_workloads(resolved, _stderr())
     check_arms(resolved, data)
     choices = choose_engines(resolved, data)
@@ -94,8 +109,25 @@ def plan(
         from tunebench.engine.calibration import step_seconds
 
         seconds = step_seconds(resolved, data)
+    from tunebench.tuning.footprint import disk_bytes
+
     summary = plan_summary(resolved, seconds, {name: choice.to_plain() for name, choice in choices.items()})
-    _print(summary, as_json, _plan_table)
+    resolvable = smallest_difference(resolved.study.confirm.seeds)
+    summary |= {
+        "disk_bytes": disk_bytes(resolved, data),
+        "resolvable": {
+            "seeds": resolved.study.confirm.seeds,
+            "power": POWER,
+            "level": LEVEL,
+            "seed_sds": resolvable if math.isfinite(resolvable) else None,
+            "assumed_seed_sd": seed_sd,
+            "share_of_error": resolvable * seed_sd if math.isfinite(resolvable) else None,
+        },
+        "rules": [finding.to_plain() for finding in findings],
+    }
+    _print(summary, as_json, _plan_view)
+    if any(finding.blocks for finding in findings):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -103,6 +135,7 @@ def run(
     study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
+    extend: Annotated[int, typer.Option(min=0, help="further configurations for every arm of a run that began")] = 0,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +152,7 @@ def run(
         folder = run_folder or default_run_folder(resolved, Path("runs"))
     console = _stderr() if as_json else _stdout()
     console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-    records = run_study(resolved, RunOptions(run=folder, address=address), console)
+    records = run_study(resolved, RunOptions(run=folder, address=address, extend=extend), console)
     summary: dict[str, Any] = {"run": str(folder), "trials": len(records)}
     if report:
         summary |= _write_report(folder)
@@ -146,11 +179,56 @@ def calibrate(
 
 
 @app.command()
+def pause(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Let every trial of a running study give up its device at its next evaluation; the driver waits."""
+    _ask(run_folder, Wish.PAUSE, as_json)
+
+
+@app.command()
+def resume(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Let a paused, draining or cancelled study go on; one without a driver needs `tunebench run` as well."""
+    _ask(run_folder, Wish.RESUME, as_json)
+
+
+@app.command()
+def drain(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Start nothing new; the driver ends when what trains has reached its next rung or its end."""
+    _ask(run_folder, Wish.DRAIN, as_json)
+
+
+@app.command()
+def cancel(run_folder: RunFolder, as_json: Json = False) -> None:
+    """End the driver at once, keep everything, and do not start again before `tunebench resume`."""
+    _ask(run_folder, Wish.CANCEL, as_json)
+
+
+@app.command()
 def status(run_folder: RunFolder, as_json: Json = False) -> None:
     """Count a run's trials by arm, stage and how they ended."""
     from tunebench.study.status import run_status
 
     _print(run_status(run_folder), as_json, _status_table)
+
+
+@app.command()
+def watch(
+    run_folder: RunFolder,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Show the status of a run until it is finished, from its journal alone; with --json a line per look."""
+    from tunebench.study.status import run_status
+
+    summary = run_status(run_folder)
+    with Live(_status_table(summary), console=_stderr() if as_json else _stdout(), transient=as_json) as live:
+        while True:
+            if as_json:
+                typer.echo(json.dumps(summary))
+            if summary["finished"]:
+                return
+            time.sleep(every)
+            summary = run_status(run_folder)
+            live.update(_status_table(summary))
 
 
 @app.command()
@@ -163,6 +241,27 @@ def explain(
     from tunebench.study.status import explain_trial
 
     _print(explain_trial(run_folder, trial), as_json, lambda e: e["text"])
+
+
+@app.command()
+def replay(
+    run_folder: RunFolder,
+    reduction_factor: Annotated[int | None, typer.Option(min=2, help="another tune.asha.reduction_factor")] = None,
+    grace_steps: Annotated[int | None, typer.Option(min=1, help="another tune.asha.grace_steps")] = None,
+    form: Annotated[AshaForm | None, typer.Option(help="another tune.asha.form")] = None,
+    order: Annotated[AshaOrder | None, typer.Option(help="another tune.asha.order")] = None,
+    arrivals: Annotated[int, typer.Option(min=1, help="random arrivals")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the arrivals")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Replay early stopping over a run's recorded curves: what other settings, or another arrival, would have lost."""
+    from tunebench.tuning.replay import replay_run
+
+    given = {"reduction_factor": reduction_factor, "grace_steps": grace_steps, "form": form, "order": order}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("form") is AshaForm.STOPPING:
+        changes.setdefault("order", AshaOrder.ASYNCHRONOUS)
+    _print(replay_run(run_folder, changes, arrivals, seed), as_json, _replay_view)
 
 
 @app.command("report")
@@ -240,6 +339,11 @@ def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     _print(rows, as_json, lambda r: json.dumps(r, indent=2))
 
 
+def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:
+    ask(run_folder, wish)
+    _print({"run": str(run_folder), "asked": wish.value}, as_json, lambda a: f"{a['run']}: {a['asked']}")
+
+
 def _write_report(run_folder: Path, out: Path | None = None) -> dict[str, Any]:
     from analysis.report import write_report
 
@@ -272,6 +376,36 @@ def _print(content: Any, as_json: bool, text: Callable[[Any], Any]) -> None:
         _stdout().print(shown, highlight=False, markup=False, soft_wrap=isinstance(shown, str))
 
 
+def _plan_view(summary: dict[str, Any]) -> Group:
+    return Group(_plan_table(summary), *_plan_lines(summary), _rules_table(summary["rules"]))
+
+
+def _plan_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [f"disk: up to {summary['disk_bytes'] / 2**20:.0f} MiB of checkpoints at once"]
+    if summary["expected_device_s"] is not None:
+        stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in STAGES)
+        lines.append(f"device-hours of training: {', '.join(stages)}; evaluation comes on top")
+    power = summary["resolvable"]
+    if power["seed_sds"] is None:
+        return [*lines, "resolution: one seed resolves nothing"]
+    return [
+        *lines,
+        f"resolution: {power['seeds']} paired seeds see a true difference of {power['seed_sds']:.2g} seed standard "
+        f"deviations with {100 * power['power']:.0f} % power, that is {100 * power['share_of_error']:.2g} % of the "
+        f"error if a seed moves it by {100 * power['assumed_seed_sd']:.2g} % (assumed, --seed-sd)",
+    ]
+
+
+def _rules_table(rules: list[dict[str, str]]) -> Table:
+    table = Table(title="rules of a fair comparison; the report judges F5, F16 to F19", title_justify="left")
+    for column in ("rule", "verdict", "why", "mend"):
+        table.add_column(column, no_wrap=column in ("rule", "verdict"), overflow="fold")
+    for rule in rules:
+        waived = f"waived: {rule['waived']}" if rule["waived"] else rule["mend"]
+        table.add_row(rule["rule"], rule["verdict"], rule["reason"], waived)
+    return table
+
+
 def _plan_table(summary: dict[str, Any]) -> Table:
     seconds = summary["expected_device_s"]
     cost = "" if seconds is None else f", about {seconds:.0f} device-seconds"
@@ -295,6 +429,32 @@ def _plan_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _replay_view(summary: dict[str, Any]) -> Group:
+    asha = ", ".join(f"{name} {value}" for name, value in summary["asha"].items() if value is not None)
+    replayed = Table(title=f"{summary['run']}: {summary['arrivals']} arrivals; {asha}", title_justify="left")
+    counted = ("trials", "rungs", "best lost [%]", "best objective", "best left", "outcomes", "steps saved [%]")
+    for column in ("arm", *counted):
+        replayed.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    for row in summary["arms"]:
+        lost = f"{100 * row['best_lost']:.1f} ({100 * row['best_lost_low']:.0f} to {100 * row['best_lost_high']:.0f})"
+        cells = (lost, f"{row['best_objective']:.4g}", f"{row['best_left_objective']:.4g}")
+        saved = f"{100 * row['steps_saved']:.0f}"
+        rungs = " ".join(map(str, row["rungs"]))
+        replayed.add_row(row["arm"], str(row["trials"]), rungs, *cells, str(row["different_outcomes"]), saved)
+    evidence = Table(title="sentinels: what the run's own rungs would have stopped", title_justify="left")
+    for column in ("arm", "sentinels", "would stop", "wrongly", "false stops [%]"):
+        evidence.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+    for row in summary["sentinels"]:
+        rate = (
+            ""
+            if row["rate"] is None
+            else f"{100 * row['rate']:.0f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+        )
+        counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
+        evidence.add_row(row["arm"], *counts, rate)
+    return Group(replayed, evidence)
+
+
 def _calibration_table(summary: dict[str, Any]) -> Table:
     title = f"{summary['file']}: {summary['device']}, {summary['rounds']} rounds, median (quartiles)"
     table = Table(title=title, title_justify="left")
@@ -316,8 +476,9 @@ def _milliseconds(timed: dict[str, Any] | None) -> str:
 
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
+    state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
-    counted = ("planned", "waiting", "running", "FINISHED", "STOPPED_ASHA", "failed")
+    counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective"):
         left = column in ("arm", "stage", "engine")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)

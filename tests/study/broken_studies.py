@@ -187,6 +187,26 @@ BROKEN = [
     BrokenStudy(
         id="nothing is halved", key="tune.asha.reduction_factor", edit=put("tune", "asha", "reduction_factor", value=1)
     ),
+    BrokenStudy(
+        id="judged on arrival in no order",
+        key="tune.asha.order",
+        edit=put("tune", "asha", value={"form": "stopping", "order": "deterministic"}),
+    ),
+    BrokenStudy(id="too many sentinels", key="tune.asha.sentinels", edit=put("tune", "asha", "sentinels", value=MANY)),
+    BrokenStudy(id="sentinels in words", key="tune.asha.sentinels", edit=put("tune", "asha", "sentinels", value="all")),
+    BrokenStudy(id="unknown form", key="tune.asha.form", edit=put("tune", "asha", "form", value="halving")),
+    BrokenStudy(
+        id="untuned and searched twice",
+        key="optimizers[0].budget",
+        edit=put("optimizers", value=[{"name": "adamw", "untuned": True, "budget": 2}]),
+    ),
+    BrokenStudy(
+        id="a second name for nothing",
+        key="optimizers[0].optimizer",
+        edit=put("optimizers", value=[{"name": "mine", "optimizer": "newton"}]),
+    ),
+    BrokenStudy(id="no such rule", key="waive.F20", edit=put("waive", value={"F20": "why not"})),
+    BrokenStudy(id="waived without a reason", key="waive.F11", edit=put("waive", value={"F11": ""})),
     BrokenStudy(id="unknown sampler", key="tune.sampler", edit=put("tune", "sampler", value="random")),
     BrokenStudy(id="no seeds", key="confirm.seeds", edit=put("confirm", "seeds", value=0)),
     BrokenStudy(id="unknown engine", key="engine", edit=put("engine", value="jax")),

@@ -17,7 +17,7 @@ from tunebench.study.plan import (
     tune_steps,
 )
 from tunebench.study.record import Readout, Stage
-from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.spec import Asha, ScheduleKind, Tune, Workload
 
 DATA = {"source": "xtb", "system": "ethanol", "frames": {"train": 10, "val": 4, "test": 4}}
@@ -34,7 +34,7 @@ def resolved(folder: Path, **changes: Any) -> ResolvedStudy:
         "name": "small",
         "workloads": [workload()],
         "optimizers": ["adamw", "schedule_free"],
-        "tune": {"trials_per_arm": 9, "asha": {"grace_steps": 1, "reduction_factor": 3}},
+        "tune": {"trials_per_arm": 9, "asha": {"grace_steps": 1, "reduction_factor": 3, "sentinels": 0}},
         "confirm": {"top_k": 2, "seeds": 5},
     }
     file = folder / "study.yaml"
@@ -91,6 +91,28 @@ def test_errors_are_measured_on_a_grid_at_the_rungs_and_at_the_horizon(
 @pytest.mark.parametrize(
     ("trials", "factor", "rungs", "expected"),
     [
+        (2, 3, (1,), [1]),
+        (6, 3, (1, 3), [2, 1]),
+        (9, 3, (), []),
+    ],
+)
+def test_one_in_three_goes_on_at_every_rung_and_at_least_one(
+    trials: int, factor: int, rungs: tuple[int, ...], expected: list[int]
+) -> None:
+    asha = Asha(reduction_factor=factor, sentinels=0)
+    assert survivors(Tune(trials_per_arm=trials, asha=asha), rungs) == expected
+
+
+def test_sentinels_go_on_besides_those_that_are_promoted() -> None:
+    # of 20 trials 6 are promoted and then 2; of the 8 sentinels 8 x 14/20 = 5.6 and 8 x 18/20 = 7.2 would not be
+    assert survivors(Tune(trials_per_arm=20), (1, 3)) == [12, 9]
+    assert survivors(Tune(trials_per_arm=6), (1, 3)) == [6, 6]
+    assert survivors(Tune(trials_per_arm=6, asha=None), (1, 3)) == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("trials", "factor", "rungs", "expected"),
+    [
         (2, 3, (1,), [2]),  # 1 + 1/2
         (6, 3, (1, 3), [3, 2]),  # 1 + 1/2 + 1/3 + 1/4 + 1/5 + 2/6, then 1 + 1/2 + 1/3
         (9, 3, (1,), [3]),  # the same + 2/7 + 2/8 + 3/9
@@ -99,17 +121,18 @@ def test_errors_are_measured_on_a_grid_at_the_rungs_and_at_the_horizon(
         (9, 3, (), []),
     ],
 )
-def test_survivors_are_those_expected_when_trials_arrive_in_random_order(
+def test_the_stopping_form_keeps_those_expected_when_trials_arrive_in_random_order(
     trials: int, factor: int, rungs: tuple[int, ...], expected: list[int]
 ) -> None:
-    assert survivors(Tune(trials_per_arm=trials, asha=Asha(reduction_factor=factor)), rungs) == expected
+    asha = Asha(reduction_factor=factor, form="stopping", order="asynchronous", sentinels=0)
+    assert survivors(Tune(trials_per_arm=trials, asha=asha), rungs) == expected
 
 
 def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:
-    # nine trials for one step, three for the next two, two for the last six
+    # nine trials for one step, three for the next two, and for the last six the two that are confirmed
     by_hand = 9 * 1 + 3 * 2 + 2 * 6
     study = resolved(tmp_path)
-    assert tune_steps(study.study.tune, (1, 3), 9) == by_hand == 27
+    assert tune_steps(study.study.tune, (1, 3), 9, fewest=2) == by_hand == 27
     (row, _) = plan_summary(study)["arms"]
     assert row["expected_tune_steps"] == by_hand
     assert row["expected_survivors"] == [3, 2]
@@ -155,6 +178,34 @@ def test_an_arm_carries_what_belongs_to_its_optimizer(tmp_path: Path) -> None:
     assert (adamw.averaged, adamw.schedule.kind) == (Readout.EMA, ScheduleKind.COSINE)
     assert (schedule_free.averaged, schedule_free.schedule.kind) == (Readout.SCHEDULE_FREE, ScheduleKind.CONSTANT)
     assert (adamw.space.name, schedule_free.space.name) == ("adamw", "schedule_free")
+
+
+SECOND_ARMS: list[Any] = [
+    "adamw",
+    {"name": "adamw-untuned", "optimizer": "adamw", "untuned": True},
+    {"name": "adamw-audit", "optimizer": "adamw", "budget": 2},
+    {"name": "soap-untuned", "optimizer": "soap", "untuned": True, "fixed": {"precondition_frequency": 7}},
+]
+
+
+def test_a_second_arm_of_an_optimizer_searches_more_or_not_at_all(tmp_path: Path) -> None:
+    study = resolved(tmp_path, optimizers=SECOND_ARMS)
+    adamw, untuned, audit, soap = plan_arms(study)
+    assert [arm.trials for arm in (adamw, untuned, audit, soap)] == [9, 1, 18, 1]
+    assert {arm.rule for arm in (adamw, untuned, audit)} == {"adamw"}
+    assert audit.space.parameters == adamw.space.parameters
+    assert untuned.space.parameters == {}
+    assert untuned.space.fixed_values() == adamw.space.defaults()
+    assert soap.space.fixed_values()["precondition_frequency"] == 7
+    assert [row["confirm_trials"] for row in plan_summary(study)["arms"]] == [10, 5, 10, 5]
+
+
+def test_second_arms_are_the_same_after_they_were_frozen(tmp_path: Path) -> None:
+    study = resolved(tmp_path, optimizers=SECOND_ARMS)
+    study.write(tmp_path / "run")
+    again = load_run(tmp_path / "run")
+    assert again.hash == study.hash
+    assert again.spaces == study.spaces
 
 
 def test_keys_name_arm_stage_configuration_and_seed(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_trial_is_explained_in_a_sentence(tmp_path: Path, journal: JournalWrit
 
 def test_an_explanation_holds_rungs_rules_and_work(tmp_path: Path, journal: JournalWriter) -> None:
     lines = explain_trial(tmp_path, key(0).trial_id)["text"].splitlines()
-    assert "rungs: 0.5 at step 3" in lines
+    assert "rung 3: objective 0.5, not decided" in lines
     assert "update rules: muon 25.0 % of the weights, adamw 75.0 % of the weights" in lines
     assert "work: 9 steps, 1.5 device-seconds, 2 attempt(s)" in lines
 

@@ -40,10 +40,16 @@ STUDY: dict[str, Any] = {
     ],
     "optimizers": ["adamw", "soap"],
     "resources": {"cpus_per_trial": os.cpu_count()},  # one cohort: each takes seconds to start
-    "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 3, "reduction_factor": 2}},
+    "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 3, "reduction_factor": 2, "sentinels": 0}},
     "confirm": {"top_k": 1, "seeds": 2},
+    "waive": {"F11": "a test of the machinery"},
 }
 TRIALS = 2 * 3 + 2 * 2
+
+
+def python_path(folder: Path) -> str:
+    """A value of PYTHONPATH that puts a folder before what is there already."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def write_study(folder: Path, **changes: Any) -> Path:

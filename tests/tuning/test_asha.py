@@ -1,251 +1,296 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from tunebench.study.journal import JournalWriter, read_trials
-from tunebench.study.plan import survivors
-from tunebench.study.record import Reason, Stage, TrialKey
-from tunebench.study.spec import Asha, Tune
-from tunebench.tuning.asha import Ladder, PerArmAsha
+from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.spec import Asha, AshaForm, AshaOrder
+from tunebench.tuning.asha import PerArmAsha, arm_ladders
 
-STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
+PAUSE, CONTINUE, STOP = TrialScheduler.PAUSE, TrialScheduler.CONTINUE, TrialScheduler.STOP
 RUNGS = (1, 3, 9)
+ARMS = {"w/adamw": RUNGS, "w/soap": RUNGS}
 
 
 def key(index: int, optimizer: str = "adamw", stage: Stage = Stage.TUNE) -> TrialKey:
     return TrialKey(workload="w", optimizer=optimizer, stage=stage, config_index=index, seed_index=0)
 
 
-def scheduler(*keys: TrialKey, rungs: dict[str, tuple[int, ...]] | None = None) -> PerArmAsha:
-    """A scheduler of two arms that lets one in three go on."""
-    by_id = {trial.trial_id: trial for trial in keys}
-    return PerArmAsha({"w/adamw": RUNGS, "w/soap": RUNGS} if rungs is None else rungs, 3, by_id.__getitem__)
+def record(trial: TrialKey, **changes: Any) -> TrialRecord:
+    content: dict[str, Any] = {
+        "number": 0, "state": "WAITING", "reason": None, "detail": {}, "value": None, "params": {}, "rungs": {},
+        "seeds": {}, "ledger": {},
+    }  # fmt: skip
+    return TrialRecord(key=trial, **{**content, **changes})
 
 
-def report(asha: PerArmAsha, trial: TrialKey, step: int, objective: float, outcome: str | None = None) -> str:
-    """A result as Tune hands it to the scheduler; of a Tune trial only the configuration is read."""
-    tune_trial: Any = SimpleNamespace(config={"trial": trial.trial_id})
-    return asha.on_trial_result(None, tune_trial, {"step": step, "objective": objective, "outcome": outcome})
+class Tune:
+    """Tune's controller as far as the scheduler knows it: trials with a status, and what was stopped."""
+
+    def __init__(
+        self,
+        keys: list[TrialKey],
+        records: list[TrialRecord] | None = None,
+        asha: Asha | None = None,
+        room: int | None = None,
+        rungs: Mapping[str, tuple[int, ...]] = ARMS,
+    ) -> None:
+        self.trials = {trial.trial_id: self._trial(trial) for trial in keys}
+        self.stopped: list[str] = []
+        self.room = room
+        by_id = {trial.trial_id: trial for trial in keys}
+        ladders = arm_ladders(
+            asha or Asha(reduction_factor=3, sentinels=0), rungs, records or [record(k) for k in keys]
+        )
+        self.asha = PerArmAsha(ladders, by_id.__getitem__, self._room_for)
+
+    def _trial(self, trial: TrialKey) -> Any:
+        return SimpleNamespace(config={"trial": trial.trial_id}, status=Trial.RUNNING)
+
+    def _room_for(self, trial: str, active: Collection[str]) -> bool:
+        return self.room is None or len(active) < self.room
+
+    def get_trials(self) -> list[Any]:
+        return list(self.trials.values())
+
+    def stop_trial(self, trial: Any) -> None:
+        self.asha.on_trial_remove(self, trial)
+        trial.status = Trial.TERMINATED
+        self.stopped.append(trial.config["trial"])
+
+    def report(self, trial: TrialKey, step: int, objective: float, outcome: str | None = None) -> str:
+        """A result as Tune hands it to the scheduler, and what Tune makes of the answer."""
+        tune_trial = self.trials[trial.trial_id]
+        decided = self.asha.on_trial_result(
+            self, tune_trial, {"step": step, "objective": objective, "outcome": outcome}
+        )
+        if decided == PAUSE:
+            tune_trial.status = Trial.PAUSED
+        if decided == STOP or outcome is not None:
+            tune_trial.status = Trial.TERMINATED
+            self.asha.on_trial_complete(self, tune_trial, {})
+        return decided
+
+    def choose(self) -> str | None:
+        """The trial that Tune would start now; it is started."""
+        chosen = self.asha.choose_trial_to_run(self)
+        if chosen is None:
+            return None
+        chosen.status = Trial.RUNNING
+        return str(chosen.config["trial"])
 
 
-def stops(values: Iterable[float], factor: int = 3) -> list[bool]:
-    """What a rung decides about objectives that arrive one after the other."""
-    ladder = Ladder(factor)
-    return [ladder.decide(f"t{index}", 1, value).stop for index, value in enumerate(values)]
+def test_trials_wait_at_their_rung_and_the_best_third_is_started_again() -> None:
+    keys = [key(index) for index in range(6)]
+    tune = Tune(keys)
+    assert [tune.report(trial, 1, 6.0 - index) for index, trial in enumerate(keys[:5])] == [PAUSE] * 5
+    assert tune.choose() is None
+    assert tune.report(keys[5], 1, 1.0) == CONTINUE
+    assert [tune.choose(), tune.choose()] == [keys[4].trial_id, None]
+    assert sorted(tune.stopped) == sorted(trial.trial_id for trial in keys[:4])
+    assert not tune.asha.waiting
 
 
-def test_the_best_so_far_always_goes_on() -> None:
-    draw = np.random.default_rng(seed=0)
-    for factor in (2, 3, 4):
-        values = draw.permutation(40).astype(np.float64)
-        stopped = stops(values, factor)
-        for index, value in enumerate(values):
-            if value == values[: index + 1].min():
-                assert not stopped[index]
+def test_the_last_to_come_is_stopped_at_once_where_it_is_not_among_the_best() -> None:
+    tune = Tune([key(0), key(1)])
+    assert tune.report(key(0), 1, 1.0) == PAUSE
+    assert tune.report(key(1), 1, 2.0) == STOP
+    assert tune.asha.decision(key(1).trial_id).cutoff == 1.0
 
 
-def test_a_trial_goes_on_where_it_is_among_the_best_third_of_those_seen() -> None:
-    values = [5.0, 6.0, 4.0, 7.0, 4.5, 4.2, 9.0, 4.4, 4.3]
-    expected = []
-    for index, value in enumerate(values):
-        seen = sorted(values[: index + 1])
-        expected.append(value not in seen[: max(len(seen) // 3, 1)])
-    assert stops(values) == expected
-    assert stops(values) == [False, True, False, True, True, False, True, True, False]
-
-
-def test_a_decision_says_what_it_was_compared_with() -> None:
-    ladder = Ladder(2)
-    for index, value in enumerate((4.0, 2.0, 3.0)):
-        ladder.decide(f"t{index}", 1, value)
-    decision = ladder.decide("late", 1, 5.0)
-    assert (decision.rung, decision.value, decision.cutoff, decision.recorded, decision.stop) == (1, 5.0, 3.0, 4, True)
-
-
-def test_ties_with_the_cutoff_go_on() -> None:
-    assert stops([1.0, 1.0, 1.0]) == [False, False, False]
-
-
-def test_rungs_do_not_mix() -> None:
-    ladder = Ladder(3)
-    assert not ladder.decide("a", 1, 1.0).stop
-    assert not ladder.decide("b", 3, 2.0).stop
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_stopped_even_where_nobody_else_was(value: float) -> None:
-    ladder = Ladder(3)
-    decision = ladder.decide("broken", 1, value)
-    assert decision.stop
-    assert decision.recorded == 0
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_leaves_the_decisions_about_others_alone(value: float) -> None:
-    values = [5.0, 6.0, 4.0, 7.0, 4.5, 4.2, 9.0, 4.4, 4.3]
-    for place in range(len(values) + 1):
-        decided = stops([*values[:place], value, *values[place:]])
-        assert decided[place]
-        assert decided[:place] + decided[place + 1 :] == stops(values)
-
-
-def test_a_repeated_report_does_not_count_twice() -> None:
-    ladder = Ladder(2)
-    for _ in range(5):
-        assert ladder.decide("a", 1, 1.0).recorded == 1
-    assert ladder.decide("b", 1, 2.0).recorded == 2
-
-
-def test_a_trial_that_went_on_goes_on_again_after_a_restart_whoever_has_come_since() -> None:
-    asha = scheduler(*(key(index) for index in range(4)))
-    assert report(asha, key(0), 3, 4.0) == CONTINUE
-    assert [report(asha, key(index), 3, 4.0 - index) for index in (1, 2, 3)] == [CONTINUE] * 3
-    assert report(asha, key(0), 3, 4.0) == CONTINUE
-    assert report(asha, key(0), 9, 9.0) == CONTINUE
-
-
-def test_arms_do_not_see_each_other() -> None:
+def test_arms_do_not_see_each_other_and_none_waits_for_another() -> None:
     adamw, soap = [key(index) for index in range(3)], [key(index, "soap") for index in range(3)]
-    asha = scheduler(*adamw, *soap)
+    tune = Tune([*adamw, *soap])
     for index in range(3):
-        report(asha, adamw[index], 1, 0.001 * (index + 1))
-    assert report(asha, soap[0], 1, 100.0) == CONTINUE
-    assert report(asha, soap[1], 1, 200.0) == STOP
-    assert asha.decisions[soap[1].trial_id].cutoff == 100.0
-    assert asha.decisions[soap[1].trial_id].recorded == 2
+        tune.report(adamw[index], 1, 0.001 * (index + 1))
+    assert [tune.report(trial, 1, 100.0 + index) for index, trial in enumerate(soap[:2])] == [PAUSE, PAUSE]
+    assert tune.choose() == adamw[0].trial_id
+    assert tune.report(soap[2], 1, 300.0) == STOP
+    assert tune.choose() == soap[0].trial_id
+
+
+def test_a_promoted_trial_comes_before_a_new_one_and_waits_for_room() -> None:
+    keys = [key(index) for index in range(3)]
+    tune = Tune([*keys, key(0, "soap")], room=1)
+    tune.trials[key(0, "soap").trial_id].status = Trial.PENDING
+    for index, trial in enumerate(keys):
+        tune.report(trial, 1, float(index))
+    assert tune.choose() == key(0, "soap").trial_id
+    assert tune.choose() is None
+    tune.report(key(0, "soap"), 2, 1.0, "DIVERGED")
+    assert tune.choose() == keys[0].trial_id
+
+
+def test_a_trial_that_is_still_being_paused_when_its_rung_is_decided_is_started_once_it_is_paused() -> None:
+    tune = Tune([key(0), key(1)])
+    tune.report(key(0), 1, 1.0)
+    tune.trials[key(0).trial_id].status = Trial.RUNNING
+    tune.report(key(1), 1, 2.0)
+    assert tune.choose() is None
+    tune.trials[key(0).trial_id].status = Trial.PAUSED
+    assert tune.choose() == key(0).trial_id
 
 
 def test_nothing_is_decided_between_rungs() -> None:
-    asha = scheduler(key(0), key(1))
-    report(asha, key(0), 1, 1.0)
-    assert [report(asha, key(1), step, 100.0) for step in (2, 4, 8, 10)] == [CONTINUE] * 4
-    assert asha.decisions == {}
+    tune = Tune([key(0), key(1)])
+    assert [tune.report(key(1), step, 100.0) for step in (2, 4, 8, 10)] == [CONTINUE] * 4
+    assert tune.asha.new_decisions() == []
 
 
 @pytest.mark.parametrize("outcome", [reason.value for reason in Reason])
-def test_a_trial_that_ended_by_itself_is_not_stopped_and_not_counted(outcome: str) -> None:
-    asha = scheduler(key(0), key(1), key(2))
-    report(asha, key(0), 3, 1.0)
-    assert report(asha, key(1), 3, math.nan, outcome) == CONTINUE
-    assert report(asha, key(1), 3, 0.0, outcome) == CONTINUE
-    report(asha, key(2), 3, 2.0)
-    assert asha.decisions[key(2).trial_id].recorded == 2
+def test_a_rung_does_not_wait_for_a_trial_that_ended_by_itself(outcome: str) -> None:
+    tune = Tune([key(0), key(1), key(2)])
+    assert tune.report(key(0), 1, 1.0) == PAUSE
+    assert tune.report(key(1), 1, math.nan, outcome) == CONTINUE
+    assert tune.report(key(2), 1, 2.0) == STOP
+    assert tune.choose() == key(0).trial_id
+
+
+def test_a_rung_does_not_wait_for_a_trial_that_crashed_for_good() -> None:
+    tune = Tune([key(0), key(1)])
+    tune.report(key(0), 1, 1.0)
+    tune.asha.on_trial_error(tune, tune.trials[key(1).trial_id])
+    assert tune.choose() == key(0).trial_id
 
 
 def test_the_confirm_stage_is_never_stopped() -> None:
     trials = [key(index, stage=Stage.CONFIRM) for index in range(9)]
-    asha = scheduler(*trials, rungs={})
+    tune = Tune(trials, rungs={})
     for step in range(1, 12):
-        assert {report(asha, trial, step, float(index)) for index, trial in enumerate(trials)} == {CONTINUE}
+        assert {tune.report(trial, step, float(index)) for index, trial in enumerate(trials)} == {CONTINUE}
 
 
-def test_stopped_trials_keep_their_decision_for_the_journal() -> None:
-    asha = scheduler(key(0), key(1))
-    report(asha, key(0), 1, 1.0)
-    report(asha, key(1), 1, 2.0)
-    assert list(asha.decisions) == [key(1).trial_id]
+def test_a_study_without_asha_stops_nobody() -> None:
+    assert arm_ladders(None, ARMS, [record(key(0))]) == {}
+
+
+def test_sentinels_never_wait_or_stop() -> None:
+    records = [record(key(0)), record(key(1), sentinel=True)]
+    tune = Tune([key(0), key(1)], records)
+    assert tune.report(key(1), 1, 9.0) == CONTINUE
+    assert tune.report(key(0), 1, 1.0) == CONTINUE
+    shadow = {decision.trial: decision for decision in tune.asha.new_decisions()}[key(1).trial_id]
+    assert (shadow.goes_on, shadow.sentinel) == (False, True)
+    assert tune.report(key(1), 3, 9.0) == CONTINUE
+
+
+def test_the_stopping_form_never_pauses() -> None:
+    keys = [key(index) for index in range(4)]
+    asha = Asha(form=AshaForm.STOPPING, order=AshaOrder.ASYNCHRONOUS, sentinels=0)
+    tune = Tune(keys, asha=asha)
+    answers = [tune.report(trial, 1, value) for trial, value in zip(keys, (2.0, 3.0, 1.0, 4.0), strict=True)]
+    assert answers == [CONTINUE, STOP, CONTINUE, STOP]
 
 
 def test_the_debug_string_counts_trials_by_arm_and_rung() -> None:
-    asha = scheduler(key(0), key(1))
-    report(asha, key(0), 1, 1.0)
-    report(asha, key(1), 1, 2.0)
-    report(asha, key(0), 3, 1.0)
-    assert asha.debug_string() == "w/adamw: 1 (2), 3 (1); w/soap: "
+    tune = Tune([key(0), key(1)])
+    tune.report(key(0), 1, 1.0)
+    tune.report(key(1), 1, 2.0)
+    assert tune.asha.debug_string() == "w/adamw: 1 (2); w/soap: "
 
 
 class Study:
-    """Trials that report to the scheduler and the journal in a fixed order, interrupted where asked."""
+    """Trials with known curves under the scheduler and the journal, killed and resumed where asked."""
 
-    def __init__(self, run: Path, seed: int) -> None:
-        draw = np.random.default_rng(seed)
-        self.run = run
+    def __init__(self, run: Path, asha: Asha) -> None:
+        self.run, self.asha = run, asha
+        draw = np.random.default_rng(1)
         self.keys = [key(index, optimizer) for index in range(8) for optimizer in ("adamw", "soap")]
-        steps = [(trial, step) for step in RUNGS for trial in self.keys]
-        self.reports = [(trial, step, float(draw.random())) for trial, step in steps]
-        self.reports[4] = (*self.reports[4][:2], math.nan)
+        self.curves = {k.trial_id: dict(zip((*RUNGS, 27), draw.random(4), strict=True)) for k in self.keys}
+        self.curves[self.keys[4].trial_id][1] = math.nan
+        self.events = 0
 
-    def decisions(self, restart_before: int | None) -> dict[str, Any]:
-        journal, asha = self._start()
-        stopped: dict[str, Any] = {}
-        for index, (trial, step, objective) in enumerate(self.reports):
-            if index == restart_before:
-                journal, asha = self._start()
-                self._repeat_last_reports(asha, index, stopped)
-            if trial.trial_id not in stopped:
-                self._one(journal, asha, (trial, step, objective), stopped)
-        return stopped
+    def decisions(self, kill_after: frozenset[int], seed: int = 0) -> dict[str, Any]:
+        """What the journal holds at the end; the driver is killed after these events."""
+        while True:
+            draw = np.random.default_rng(seed)
+            if self._until_killed(draw, kill_after):
+                return {r.key.trial_id: (r.reason, r.rungs, repr(r.decisions)) for r in read_trials(self.run)}
 
-    def _start(self) -> tuple[JournalWriter, PerArmAsha]:
-        journal, asha = JournalWriter(self.run), scheduler(*self.keys)
-        for arm in ("w/adamw", "w/soap"):
+    def _until_killed(self, draw: np.random.Generator, kill_after: frozenset[int]) -> bool:
+        journal = JournalWriter(self.run)
+        for arm in ARMS:
             journal.add_arm(arm, {})
-        for trial in self.keys:
-            journal.plan(trial, {}, {}, {})
-        asha.rebuild(read_trials(self.run))
-        return journal, asha
+        for k in self.keys:
+            journal.plan(k, {}, {}, {}, sentinel=k.config_index == 3)
+        records = read_trials(self.run)
+        tune = Tune(self.keys, records, self.asha)
+        step = {r.key.trial_id: max(r.rungs, default=0) for r in records}
+        for r in records:
+            tune.trials[r.key.trial_id].status = Trial.TERMINATED if r.reason else Trial.RUNNING
+        fresh = dict.fromkeys(step, True)  # a trial's first report after a start is that of its checkpoint
+        while True:
+            while tune.choose():
+                pass
+            self._close(journal, tune, tune.stopped)
+            running = [k for k in self.keys if tune.trials[k.trial_id].status == Trial.RUNNING]
+            if not running:
+                return True
+            trial = running[int(draw.integers(len(running)))]
+            name = trial.trial_id
+            if not (fresh.pop(name, False) and step[name]):
+                step[name] = next(s for s in (*RUNGS, 27) if s > step[name])
+            self._report(journal, tune, trial, step[name])
+            self.events += 1
+            if self.events in kill_after:
+                return False
 
-    def _one(self, journal: JournalWriter, asha: PerArmAsha, result: tuple, stopped: dict[str, Any]) -> None:
-        trial, step, objective = result
-        journal.start(trial)
-        decided = report(asha, trial, step, objective)
-        if math.isfinite(objective):
+    def _report(self, journal: JournalWriter, tune: Tune, trial: TrialKey, step: int) -> None:
+        objective = self.curves[trial.trial_id][step]
+        outcome = "FINISHED" if step == 27 else None
+        answer = tune.report(trial, step, objective, outcome)
+        if step in RUNGS and math.isfinite(objective):
             journal.record_rung(trial, step, objective)
-        if decided == STOP:
-            stopped[trial.trial_id] = asha.decisions[trial.trial_id]
-            journal.finish(trial, Reason.STOPPED_ASHA, value=None, detail={}, ledger={}, result={})
+        for decision in tune.asha.new_decisions():
+            journal.decide(next(k for k in self.keys if k.trial_id == decision.trial), decision.to_plain())
+        if outcome:
+            journal.finish(trial, Reason.FINISHED, value=objective, detail={}, ledger={}, result={})
+        elif answer == STOP:
+            self._close(journal, tune, [trial.trial_id])
 
-    def _repeat_last_reports(self, asha: PerArmAsha, until: int, stopped: dict[str, Any]) -> None:
-        """Resumed trials report the rung of their checkpoint again before they go on."""
-        last = {trial.trial_id: (trial, step, value) for trial, step, value in self.reports[:until]}
-        for trial, step, value in reversed(last.values()):
-            if trial.trial_id not in stopped:
-                assert report(asha, trial, step, value) == CONTINUE
+    def _close(self, journal: JournalWriter, tune: Tune, names: list[str]) -> None:
+        for k in self.keys:
+            if k.trial_id in names:
+                journal.finish(k, Reason.STOPPED_ASHA, value=None, detail={}, ledger={}, result={})
 
 
-def test_a_resumed_study_decides_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = Study(tmp_path / "whole", seed=1).decisions(restart_before=None)
-    assert 8 < len(whole) < 16
-    for restart in (1, 5, 11, 20, 37):
-        run = tmp_path / str(restart)
+def test_a_resumed_study_decides_as_an_uninterrupted_one_wherever_it_was_killed(tmp_path: Path) -> None:
+    asha = Asha(reduction_factor=3, sentinels=1)
+    folders = iter(range(1000))
+
+    def study() -> Study:
+        run = tmp_path / str(next(folders))
         run.mkdir()
-        assert repr(Study(run, seed=1).decisions(restart)) == repr(whole)  # by text, for NaN equals nothing
+        return Study(run, asha)
+
+    whole = study().decisions(frozenset())
+    assert sum(reason is Reason.STOPPED_ASHA for reason, _, _ in whole.values()) > 8
+    draw = np.random.default_rng(0)
+    for seed in range(12):
+        kills = frozenset(int(event) for event in draw.integers(1, 40, size=3))
+        assert study().decisions(kills, seed) == whole
 
 
-def test_a_driver_killed_while_it_closed_a_stopped_trial_judges_it_again(tmp_path: Path) -> None:
+def test_decisions_that_a_kill_left_out_of_the_journal_are_made_again(tmp_path: Path) -> None:
     journal = JournalWriter(tmp_path)
     journal.add_arm("w/adamw", {})
     for index, objective in enumerate((1.0, 2.0)):
         journal.plan(key(index), {}, {}, {})
         journal.start(key(index))
-        journal.record_rung(key(index), 3, objective)
-    path = tmp_path / "journal.log"
-    detail = {"rung": 3, "cutoff": 1.0, "value": 2.0, "recorded": 2}
-    journal.finish(key(1), Reason.STOPPED_ASHA, value=2.0, detail=detail, ledger={}, result={})
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-
-    asha = scheduler(key(0), key(1))
-    asha.rebuild(read_trials(tmp_path))
-    assert report(asha, key(1), 3, 2.0) == STOP
-    assert asha.decisions[key(1).trial_id].recorded == 2
-
-
-def test_as_many_go_on_as_the_plan_expects_of_random_arrival() -> None:
-    generator = np.random.default_rng(0)
-    went_on = []
-    for _ in range(2000):
-        ladder = Ladder(3)
-        values = generator.permutation(9)
-        went_on.append(sum(not ladder.decide(str(i), 1, float(value)).stop for i, value in enumerate(values)))
-    expected = sum(max(seen // 3, 1) / seen for seen in range(1, 10))
-    assert np.mean(went_on) == pytest.approx(expected, abs=0.1)
-    assert survivors(Tune(trials_per_arm=9, asha=Asha(reduction_factor=3)), (1,)) == [round(expected)]
+        journal.record_rung(key(index), 1, objective)
+    tune = Tune([key(0), key(1)], read_trials(tmp_path))
+    assert [(d.trial, d.goes_on) for d in tune.asha.new_decisions()] == [
+        (key(0).trial_id, True),
+        (key(1).trial_id, False),
+    ]
+    assert tune.asha.new_decisions() == []
+    assert [tune.report(key(index), 1, 1.0 + index) for index in (1, 0)] == [STOP, CONTINUE]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tuning.conftest import COMMAND, STUDY, ended, tunebench, write_study
+from tests.tuning.conftest import COMMAND, STUDY, ended, python_path, tunebench, write_study
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CHECKPOINTS, Reason, Stage
 from tunebench.tuning.pool import devices_of
@@ -37,7 +37,7 @@ class Driver:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env={**os.environ, name: value, "PYTHONPATH": str(site)},
+            env={**os.environ, name: value, "PYTHONPATH": python_path(site)},
         )
 
     def processes(self, name: str = "") -> list[int]:
@@ -210,7 +210,7 @@ def test_a_workload_that_cannot_be_traced_trains_alone_beside_one_that_can(
 
     refused = tunebench(
         "run", write_study(tmp_path, engine="cohort", workloads=[{**short, "name": "other"}]), "--run",
-        tmp_path / "refused", check=False, PYTHONPATH=str(tmp_path),
+        tmp_path / "refused", check=False, PYTHONPATH=python_path(tmp_path),
     )  # fmt: skip
     assert refused.returncode == 2
     assert "engine: found cohort, but the model of workload other cannot be traced" in refused.stderr

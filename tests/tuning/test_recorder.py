@@ -18,7 +18,8 @@ from tunebench.engine.task import Evaluation
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
-from tunebench.tuning.asha import PerArmAsha
+from tunebench.study.spec import Asha
+from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
@@ -47,18 +48,32 @@ def evaluation(step: int, objective: float, **changes: Any) -> Evaluation:
 class Driver:
     """Scheduler, journal and recorder of one stage, fed as Tune feeds them: the scheduler first."""
 
-    def __init__(self, run: Path, keep: str = "all", trials: int = 3, stage: Stage = Stage.TUNE) -> None:
+    def __init__(
+        self, run: Path, keep: str = "all", trials: int = 3, stage: Stage = Stage.TUNE, form: str = "stopping"
+    ) -> None:
         self.run, self.keys = run, {key(index, stage).trial_id: key(index, stage) for index in range(trials)}
         journal = JournalWriter(run)
         journal.add_arm("w/adamw", {})
         rungs = {"w/adamw": (3,)} if stage is Stage.TUNE else {}
-        self.scheduler = PerArmAsha(rungs, 3, self.keys.__getitem__)
-        self.progress = Progress(run, stage, Console(file=io.StringIO()))
-        self.recorder = Recorder(
-            journal, self.scheduler, self.keys, rungs, retention(keep), self.progress, {"w": "cohort"}
-        )
         for trial in self.keys.values():
             journal.plan(trial, {}, {}, {})
+        asha = Asha(form=form, order="asynchronous", sentinels=0)
+        self.scheduler = PerArmAsha(arm_ladders(asha, rungs, read_trials(run)), self.keys.__getitem__)
+        self.progress = Progress(run, stage, Console(file=io.StringIO()))
+        self.left: list[str] = []
+        self.closed: list[TrialKey] = []
+        self.recorder = Recorder(
+            journal,
+            self.scheduler,
+            self.keys,
+            rungs,
+            retention(keep),
+            self.progress,
+            {"w": "cohort"},
+            left=lambda trial, result: self.left.append(trial),
+            stopped=lambda trial, last: self.closed.append(trial),
+        )
+        for trial in self.keys.values():
             self.progress.planned(trial, None, None)
 
     def trial(self, trial: TrialKey, error: BaseException | None = None) -> Any:
@@ -109,6 +124,35 @@ def test_a_stopped_trial_is_closed_with_its_rung_and_cutoff(driver: Driver) -> N
     assert stopped.detail == {"rung": 3, "cutoff": 0.5, "value": 0.75, "recorded": 2}
     assert stopped.rungs == {3: 0.75}
     assert driver.record(key(0)).reason is None
+
+
+def test_a_trial_that_waits_at_its_rung_stays_open_and_gives_up_its_slot(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, form="promotion")
+    for index, objective in enumerate((0.5, 0.75)):
+        driver.start(key(index))
+        driver.report(key(index), evaluation(3, objective))
+    assert driver.left == [key(0).trial_id, key(1).trial_id]
+    assert [driver.record(key(index)).reason for index in range(2)] == [None, None]
+    driver.start(key(2))
+    driver.report(key(2), evaluation(3, 0.25))
+    assert driver.record(key(2)).decisions[0]["goes_on"] is True
+    assert driver.record(key(0)).decisions[0]["goes_on"] is False
+    assert driver.record(key(0)).reason is None  # until Tune has stopped it
+    driver.recorder.on_trial_complete(0, [], driver.trial(key(0)))
+    assert driver.record(key(0)).reason is Reason.STOPPED_ASHA
+    assert driver.record(key(0)).detail == {"rung": 3, "cutoff": 0.25, "value": 0.5, "recorded": 3}
+    assert driver.closed == [key(0)]
+    assert driver.record(key(0)).ledger["steps"] == 3
+
+
+def test_what_a_crash_decides_about_others_is_written(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, form="promotion", trials=2)
+    driver.start(key(0))
+    driver.report(key(0), evaluation(3, 0.5))
+    driver.scheduler.on_trial_error(None, driver.trial(key(1)))
+    driver.fail(key(1), RuntimeError("broken"))
+    (decision,) = driver.record(key(0)).decisions
+    assert (decision["goes_on"], decision["competitors"]) == (True, 2)
 
 
 @pytest.mark.parametrize("reason", [Reason.DIVERGED, Reason.OOM, Reason.TIMED_OUT])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.tuning.conftest import TRIALS, ended, killed, ranking_of, tunebench, write_study
+from tests.tuning.conftest import TRIALS, ended, killed, python_path, ranking_of, tunebench, write_study
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CHECKPOINTS, CURVES, Reason, Stage
 
@@ -128,7 +128,7 @@ def test_a_trial_whose_process_always_dies_is_recorded_as_crashed_and_the_study_
         "        write(run, trial_id, rows)\n"
         "    curves.write_curve = die\n"
     )
-    tunebench("run", study, "--run", run, PYTHONPATH=str(tmp_path))
+    tunebench("run", study, "--run", run, PYTHONPATH=python_path(tmp_path))
     trials = {trial.key.trial_id: trial for trial in read_trials(run)}
     crashed = trials.pop("ethanol.adamw.tune.c001.s0")
     assert crashed.reason is Reason.CRASHED

@@ -55,11 +55,11 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
     torch.set_num_threads(task.threads)
     _quiet_lightning()
     trial = _Trial(task, report)
-    reason = Reason.CRASHED
+    reason: Reason | None = Reason.CRASHED
     try:
         reason = trial.train()
     except SystemExit:
-        reason = Reason.STOPPED_ASHA
+        reason = None  # paused or stopped, which only the driver knows; it writes the end of a stopped trial
         raise
     finally:
         trial.book.close(reason)

@@ -34,7 +34,7 @@ def training_module(task: TrialTask) -> dict[str, Any]:
     module = {
         "_target_": "nequip.train.EMALightningModule",
         "model": model_config(workload.model, task.data.type_names, statistics, task.seeds.init),
-        "optimizer": optimizer_config(task.key.optimizer, task.hyperparameters),
+        "optimizer": optimizer_config(task.optimizer, task.hyperparameters),
         "lr_scheduler": lr_scheduler(task),
         "loss": loss_section(workload.loss),
         "val_metrics": metrics_section(workload.loss),

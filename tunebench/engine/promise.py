@@ -28,7 +28,7 @@ def check_groups(task: TrialTask, groups: Iterable[Mapping[str, Any]], model: to
         BrokenPromise: in one line, with optimizer, share found and share promised.
     """
     view = FctpView(task.hyperparameters["fctp_view"]) if task.treats is Treats.MATRICES else None
-    check_promise(task.key.optimizer, groups, model, view)
+    check_promise(task.optimizer, groups, model, view)
 
 
 def check_arm(task: TrialTask, space: SearchSpace) -> None:
@@ -44,7 +44,7 @@ def check_arm(task: TrialTask, space: SearchSpace) -> None:
     """
     module, _ = training_parts(task)
     for hyper in _variants(task.hyperparameters, space):
-        module.optimizer_config = optimizer_config(task.key.optimizer, hyper)
+        module.optimizer_config = optimizer_config(task.optimizer, hyper)
         optimizer = module.configure_optimizers()["optimizer"]
         check_groups(replace(task, hyperparameters=hyper), realised_groups(optimizer), module.model)
 

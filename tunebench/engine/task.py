@@ -38,6 +38,7 @@ class TrialTask:
         evaluation_steps: ascending steps at which validation errors are measured; the last one is the horizon.
         rungs: those of them after which somebody decides whether the trial goes on.
         device: ``cpu`` or ``cuda``.
+        rule: name of the update rule; left out, that of the key, which may be another name for the same optimizer.
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
     """
 
@@ -54,6 +55,7 @@ class TrialTask:
     device: str = "cpu"
     threads: int = 1
     time_limit_s: float | None = None
+    rule: str = ""
     treats: Treats = Treats.ALL
     rungs: tuple[int, ...] = ()
 
@@ -64,6 +66,11 @@ class TrialTask:
                 f"evaluation_steps: found {self.evaluation_steps}, allowed: ascending and ending at the horizon, "
                 f"{self.workload.max_steps}"
             )
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the update rule."""
+        return self.rule or self.key.optimizer
 
     @property
     def final_splits(self) -> tuple[str, ...]:
@@ -149,6 +156,7 @@ def trial_task(
         device=resources.device,
         threads=resources.threads,
         time_limit_s=resources.time_limit_s,
+        rule=arm.rule,
         treats=arm.space.treats,
         rungs=arm.rungs if key.stage is Stage.TUNE else (),
     )

@@ -13,6 +13,9 @@ from tunebench.study.problems import Problem, one_of
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
     WATER_BOX,
+    Asha,
+    AshaForm,
+    AshaOrder,
     ExtxyzData,
     InWords,
     Model,
@@ -35,6 +38,8 @@ def study_problems(study: Study) -> Iterator[Problem]:
         yield from _workload_problems(workload, f"workloads[{index}]")
     yield from _schedule_problems(study.schedule, "schedule")
     for index, arm in enumerate(study.optimizers):
+        if arm.untuned and arm.budget > 1:
+            yield Problem(f"optimizers[{index}].budget", arm.budget, "left out: an untuned arm has one configuration")
         if arm.schedule is not None:
             yield from _schedule_problems(arm.schedule, f"optimizers[{index}].schedule")
     yield from _objective_problems(study)
@@ -167,6 +172,16 @@ def _stage_problems(study: Study) -> Iterator[Problem]:
     if grace is not None and grace > shortest.max_steps:
         allowed = f"at most max_steps = {shortest.max_steps} of workload {shortest.name}"
         yield Problem("tune.asha.grace_steps", grace, allowed)
+    if study.tune.asha:
+        yield from _asha_problems(study.tune.asha, study.tune.trials_per_arm)
     if study.confirm.top_k > study.tune.trials_per_arm:
         allowed = f"at most tune.trials_per_arm = {study.tune.trials_per_arm}"
         yield Problem("confirm.top_k", study.confirm.top_k, allowed)
+
+
+def _asha_problems(asha: Asha, trials: int) -> Iterator[Problem]:
+    if asha.form is AshaForm.STOPPING and asha.order is AshaOrder.DETERMINISTIC:
+        allowed = "asynchronous with form: stopping, which judges a trial when it arrives"
+        yield Problem("tune.asha.order", asha.order.value, allowed)
+    if asha.sentinels != "auto" and asha.sentinels > trials:
+        yield Problem("tune.asha.sentinels", asha.sentinels, f"at most tune.trials_per_arm = {trials}")

@@ -66,7 +66,7 @@ What makes the spaces comparable:
   (`beta1`, `momentum`: 0.9 or 0.95; `beta2`: 0.95, 0.98 or 0.999). The same share of the range means the same point in
   every arm, so arms meet the same points of the quasi-random sequence.
 - **No optimum at an edge.** Published values and defaults of ranges lie outside the outer tenth of each side.
-- **More hyperparameters buy no more trials.** Every arm gets `tune.trials_per_arm`.
+- **More hyperparameters buy no more trials.** Every arm that competes gets `tune.trials_per_arm`.
 - **`eps` is 1e-12 in every arm.** Gradients of tensor-product weights with l > 0 are so small that 1e-8 would stop
   them, and the ranking would depend on the units of the loss.
 - **`role: cost`** marks what trades device time for progress per step; it is judged on device time. The other roles are
@@ -126,8 +126,9 @@ def search_spaces_page() -> str:
 
 def _study_row(file: Path) -> tuple[str, ...]:
     study = parse(Study, read_yaml(file), file)
-    arms = len(study.workloads) * len(study.optimizers)
-    trials = f"{arms * study.tune.trials_per_arm} + {arms * study.confirm.top_k * study.confirm.seeds}"
+    searched = [study.trials_of(arm.name) for arm in study.optimizers]
+    confirmed = sum(min(study.confirm.top_k, count) for count in searched) * study.confirm.seeds
+    trials = f"{len(study.workloads) * sum(searched)} + {len(study.workloads) * confirmed}"
     workloads, optimizers = (", ".join(part.name for part in parts) for parts in (study.workloads, study.optimizers))
     return f"[{study.name}]({file.name})", study.description, workloads, optimizers, trials
 

@@ -22,6 +22,7 @@ from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 
 _log = logging.getLogger(__name__)
 
+_LATE = "decision"
 _STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 
 
@@ -35,8 +36,12 @@ def read_trials(run: Path) -> list[TrialRecord]:
     if not path.is_file():  # Optuna would create it
         raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
     storage = _open(path)
-    studies = storage.get_all_studies()
-    return [_record(trial) for study in studies for trial in storage.get_all_trials(study._study_id, deepcopy=False)]
+    return [
+        _record(trial, late)
+        for study in storage.get_all_studies()
+        for late in [_late_decisions(study.user_attrs)]
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False)
+    ]
 
 
 class JournalWriter:
@@ -73,6 +78,8 @@ class JournalWriter:
         distributions: Mapping[str, BaseDistribution],
         seeds: Mapping[str, int],
         data_hash: str | None = None,
+        *,
+        sentinel: bool = False,
     ) -> None:
         """Enter a trial that waits to be started."""
         if key.trial_id in self._trials:
@@ -87,6 +94,7 @@ class JournalWriter:
                 "stage": key.stage.value,
                 "seeds": dict(seeds),
                 "data_hash": data_hash,
+                "sentinel": sentinel,
             },
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
@@ -100,9 +108,20 @@ class JournalWriter:
         if groups and not self._trial(key).user_attrs.get("groups"):
             self._set(key, "groups", groups)
 
-    def note(self, key: TrialKey, detail: Mapping[str, Any]) -> None:
-        """Write why a trial is about to be closed."""
-        self._set(key, "detail", dict(detail))
+    def decide(self, key: TrialKey, decision: Mapping[str, Any]) -> None:
+        """Write what a rung said of a trial; a rung decides once.
+
+        A sentinel may have ended before its rung is decided. Optuna lets nobody change a trial that has ended, so its
+        decision is kept with its arm.
+        """
+        trial, study = self._trial(key), self._studies[key.arm]
+        written = _decisions(trial, _late_decisions(self._storage.get_study_user_attrs(study)))
+        if any(earlier["rung"] == decision["rung"] for earlier in written):
+            return
+        if trial.state.is_finished():
+            self._storage.set_study_user_attr(study, _late(key.trial_id, decision["rung"]), dict(decision))
+        else:
+            self._set(key, "decisions", [*trial.user_attrs.get("decisions", []), dict(decision)])
 
     def record_rung(self, key: TrialKey, step: int, objective: float) -> None:
         """Write the objective that ASHA compares at a rung."""
@@ -154,7 +173,26 @@ def _open(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
-def _record(trial: FrozenTrial) -> TrialRecord:
+def _late(trial_id: str, rung: int) -> str:
+    return f"{_LATE} {rung} {trial_id}"
+
+
+def _late_decisions(arm: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Decisions kept with an arm, by trial."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, decision in arm.items():
+        if name.startswith(f"{_LATE} "):
+            found.setdefault(decision["trial"], []).append(decision)
+    return found
+
+
+def _decisions(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Decisions about a trial, in the order of the rungs."""
+    own, after = trial.user_attrs.get("decisions", []), late.get(trial.user_attrs["trial_id"], [])
+    return sorted([*own, *after], key=lambda decision: int(decision["rung"]))
+
+
+def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> TrialRecord:
     attributes = trial.user_attrs
     key = attributes["key"]
     reason = attributes.get("reason")
@@ -169,6 +207,8 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         rungs=dict(trial.intermediate_values),
         seeds=attributes["seeds"],
         ledger=attributes.get("ledger", {}),
+        decisions=_decisions(trial, late),
+        sentinel=attributes.get("sentinel", False),
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         engine=attributes.get("engine"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from tunebench.study.record import Readout, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import Asha, Sampler, Schedule, Tune, Workload
+from tunebench.study.sentinels import sentinel_count
+from tunebench.study.spec import Asha, AshaForm, Sampler, Schedule, Tune, Workload
 
 _EVALUATIONS = 20  # per horizon, where the study does not say
 
@@ -20,12 +21,16 @@ class ArmPlan:
     """One arm: a workload and an optimizer with its search space, schedule and rungs.
 
     Attributes:
+        optimizer: name of the optimizer's entry in the study. rule: the optimizer itself, which may have two entries.
+        trials: configurations of the tune stage.
         rungs: steps at which ASHA compares the arm's trials. evaluation_steps: steps with validation errors.
         averaged: the averaged readout, EMA or SCHEDULE_FREE.
     """
 
     workload: Workload
     optimizer: str
+    rule: str
+    trials: int
     space: SearchSpace
     schedule: Schedule
     averaged: Readout
@@ -54,6 +59,8 @@ def plan_arms(resolved: ResolvedStudy) -> list[ArmPlan]:
         ArmPlan(
             workload=workload,
             optimizer=arm.name,
+            rule=arm.rule,
+            trials=resolved.study.trials_of(arm.name),
             space=resolved.spaces[arm.name],
             schedule=resolved.schedules[arm.name],
             averaged=Readout(resolved.spaces[arm.name].readout),
@@ -83,17 +90,24 @@ def evaluation_steps(workload: Workload, rungs: tuple[int, ...]) -> tuple[int, .
     return tuple(sorted({*range(every, workload.max_steps + 1, every), *rungs, workload.max_steps}))
 
 
-def survivors(tune: Tune, rungs: tuple[int, ...]) -> list[int]:
-    """Trials of an arm expected to train beyond each rung when trials arrive in random order, rounded.
+def survivors(tune: Tune, rungs: tuple[int, ...], fewest: int = 1) -> list[int]:
+    """Trials of an arm expected to train beyond each rung, rounded: those that go on, and sentinels.
 
-    The i-th trial to arrive at a rung goes on if it is among the best max(i // reduction factor, 1) of the i seen so
-    far, so early arrivals are judged mildly and more go on than one in `reduction_factor`.
+    In the promotion form one in `reduction_factor` goes on, at least `fewest`; in asynchronous order a few more, who
+    were among the best when they came, which is left out here. In the stopping form the i-th trial to arrive goes on if
+    it is among the best max(i // reduction factor, 1) of the i seen so far, so early arrivals are judged mildly.
     """
-    factor = tune.asha.reduction_factor if tune.asha else 1
-    counts, alive = [], tune.trials_per_arm
+    if tune.asha is None:
+        return [tune.trials_per_arm for _ in rungs]
+    factor, trials = tune.asha.reduction_factor, tune.trials_per_arm
+    sentinels = sentinel_count(tune.asha, trials)
+    counts, competing = [], trials
     for _ in rungs:
-        alive = round(sum(max(seen // factor, 1) / seen for seen in range(1, alive + 1)))
-        counts.append(alive)
+        if tune.asha.form is AshaForm.PROMOTION:
+            competing = min(max(competing // factor, fewest), competing)
+        else:
+            competing = round(sum(max(seen // factor, 1) / seen for seen in range(1, competing + 1)))
+        counts.append(round(competing + sentinels * (1.0 - competing / trials)))
     return counts
 
 
@@ -102,9 +116,9 @@ def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict
     return {name: named_seed(root, name, workload, stage.value, seed_index) for name in ("init", "order", "labels")}
 
 
-def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int) -> int:
-    """Steps expected of an arm's tune stage under the stopping rule, without failures."""
-    alive = [tune.trials_per_arm, *survivors(tune, rungs)]
+def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int, fewest: int = 1) -> int:
+    """Steps expected of an arm's tune stage, without failures; `fewest` as in `survivors`."""
+    alive = [tune.trials_per_arm, *survivors(tune, rungs, fewest)]
     ends = [*rungs, horizon]
     return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))
 
@@ -122,11 +136,13 @@ def plan_summary(
         engines: ``{engine, slots, reason}`` by workload name, where it is known.
     """
     study = resolved.study
-    confirm_trials = study.confirm.top_k * study.confirm.seeds
     rows: list[dict[str, Any]] = []
     for arm in plan_arms(resolved):
         horizon = arm.workload.max_steps
-        steps = {"tune": tune_steps(study.tune, arm.rungs, horizon), "confirm": confirm_trials * horizon}
+        tune = study.tune.model_copy(update={"trials_per_arm": arm.trials})
+        fewest = min(study.confirm.top_k, arm.trials)
+        confirm_trials, tune_cost = fewest * study.confirm.seeds, tune_steps(tune, arm.rungs, horizon, fewest)
+        steps = {"tune": tune_cost, "confirm": confirm_trials * horizon}
         seconds = (step_seconds or {}).get(arm.name)
         engine = (engines or {}).get(arm.workload.name, {})
         rows.append(
@@ -134,24 +150,33 @@ def plan_summary(
                 "arm": arm.name,
                 "engine": engine.get("engine"),
                 "slots": engine.get("slots"),
-                "trials": study.tune.trials_per_arm,
+                "trials": arm.trials,
                 "confirm_trials": confirm_trials,
                 "horizon_steps": horizon,
                 "rungs": list(arm.rungs),
-                "expected_survivors": survivors(study.tune, arm.rungs),
+                "expected_survivors": survivors(tune, arm.rungs, fewest),
                 "parameters": sorted(arm.space.parameters),
                 "expected_tune_steps": steps["tune"],
                 "expected_confirm_steps": steps["confirm"],
                 "step_s": seconds,
+                "expected_tune_device_s": None if seconds is None else seconds * steps["tune"],
+                "expected_confirm_device_s": None if seconds is None else seconds * steps["confirm"],
                 "expected_device_s": None if seconds is None else seconds * sum(steps.values()),
             }
         )
-    known = [row["expected_device_s"] for row in rows]
     return {
         "study": study.name,
         "hash": resolved.hash,
         "ranked": study.tune.sampler is Sampler.SOBOL,
         "arms": rows,
         "trials": sum(row["trials"] + row["confirm_trials"] for row in rows),
-        "expected_device_s": None if None in known else sum(known),
+        "expected_tune_device_s": _sum_known(row["expected_tune_device_s"] for row in rows),
+        "expected_confirm_device_s": _sum_known(row["expected_confirm_device_s"] for row in rows),
+        "expected_device_s": _sum_known(row["expected_device_s"] for row in rows),
     }
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    """The sum, or None where a value is not known."""
+    listed = list(values)
+    return None if None in listed else sum(value for value in listed if value is not None)

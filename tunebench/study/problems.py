@@ -11,10 +11,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunebench.study.spec import InWords, StudyError
+from tunebench.study.spec import NAME_PATTERN, RULE_PATTERN, InWords, StudyError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+_PATTERNS = {
+    NAME_PATTERN: "lower-case letters, digits, - and _, with a letter or digit first",
+    RULE_PATTERN: "a rule from F1 to F19",
+}
 _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "int_type": lambda _: "an integer",
     "float_type": lambda _: "a number",
@@ -28,7 +32,7 @@ _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "too_short": lambda ctx: f"a list of at least {ctx['min_length']}",
     "string_too_short": lambda _: "a text that is not empty",
     "string_too_long": lambda ctx: f"at most {ctx['max_length']} characters",
-    "string_pattern_mismatch": lambda _: "lower-case letters, digits, - and _, with a letter or digit first",
+    "string_pattern_mismatch": lambda ctx: _PATTERNS[ctx["pattern"]],
     "union_tag_invalid": lambda ctx: str(ctx["expected_tags"]),
 }
 

@@ -119,6 +119,9 @@ class TrialRecord:
         detail: what the reason needs, for STOPPED_ASHA ``{rung, cutoff, value, recorded}``, else ``{message}``.
         value: the study's objective on the validation split at the last evaluation (lower is better), or ``None``.
         params: the sampled hyperparameters. rungs: step -> objective.
+        decisions: what its rungs said of it in turn, ``{trial, rung, value, cutoff, competitors, goes_on, sentinel}``;
+            for a sentinel, which goes on all the same, what they would have said.
+        sentinel: whether it was chosen, before the start, never to be stopped.
         seeds: named seeds ``{init, order, labels}``.
         ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
@@ -137,6 +140,8 @@ class TrialRecord:
     rungs: dict[int, float]
     seeds: dict[str, int]
     ledger: dict[str, float]
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    sentinel: bool = False
     data_hash: str | None = None
     engine: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)

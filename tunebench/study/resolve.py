@@ -11,6 +11,7 @@ from typing import Any
 
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
+from tunebench.study.extension import extended
 from tunebench.study.files import replacing
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
@@ -26,8 +27,8 @@ class ResolvedStudy:
     Attributes:
         study: the file with defaults filled in; paths of data files are absolute.
         file: where it was read from.
-        spaces: by optimizer, its search space after `fixed` has been taken out of the search.
-        schedules: by optimizer, its learning-rate schedule.
+        spaces: by name of the optimizer's entry, its search space after `fixed` has been taken out of the search.
+        schedules: likewise, its learning-rate schedule.
         hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count, nor do
             `engine` and `resources.slots`: a run may go on with another engine.
     """
@@ -47,8 +48,11 @@ class ResolvedStudy:
         study = self.study.model_dump(mode="json")
         for arm in study["optimizers"]:
             arm["search_space"] = f"{record.SEARCH_SPACES}/{arm['name']}.yaml"
+        rules = {arm.name: arm.rule for arm in self.study.optimizers}
         texts = {
-            f"{record.SEARCH_SPACES}/{name}.yaml": write_yaml(space.model_dump(mode="json", exclude_unset=True))
+            f"{record.SEARCH_SPACES}/{name}.yaml": write_yaml(
+                space.model_dump(mode="json", exclude_unset=True) | {"name": rules[name]}
+            )
             for name, space in self.spaces.items()
         }
         texts |= {record.STUDY: write_yaml(study), record.STUDY_HASH: f"{self.hash}\n"}
@@ -70,13 +74,14 @@ def resolve(path: Path) -> ResolvedStudy:
 
 
 def load_run(run: Path) -> ResolvedStudy:
-    """The study that a run directory was started with.
+    """The study that a run directory was started with, and extended to.
 
     To read it takes the directory alone. To go on with the run takes the data files as well, where the study names
     them, even if their prepared set is in the cache: its name is a hash that covers their content.
 
     Raises:
         StudyError: the directory holds no study, or one that was edited after the run had started.
+        RunError: its extension cannot be read.
     """
     file, hash_file = run / record.STUDY, run / record.STUDY_HASH
     if not file.is_file():
@@ -93,7 +98,7 @@ def load_run(run: Path) -> ResolvedStudy:
     if resolved.hash != frozen:
         allowed = f"hash {frozen[:12]} of {record.STUDY_HASH}: a started study stays as it is; copy it to start another"
         raise StudyError(file, "", InWords(f"a study or search space with hash {resolved.hash[:12]}"), allowed)
-    return resolved
+    return extended(resolved, run)
 
 
 def _read(file: Path) -> tuple[Study, dict[str, SearchSpace]]:
@@ -104,21 +109,28 @@ def _read(file: Path) -> tuple[Study, dict[str, SearchSpace]]:
 
 
 def _space(arm: Arm, index: int, file: Path) -> SearchSpace:
-    if arm.name not in shipped_optimizers():
-        raise StudyError(file, f"optimizers[{index}].name", arm.name, one_of(available_optimizers(), arm.name))
+    if arm.rule not in shipped_optimizers():
+        key = f"optimizers[{index}].{'optimizer' if arm.optimizer else 'name'}"
+        raise StudyError(file, key, arm.rule, one_of(available_optimizers(), arm.rule))
     if arm.search_space is None:
-        return SearchSpace.load(arm.name)
+        return SearchSpace.load(arm.rule)
     try:
         path = existing_file(arm.search_space, file.resolve().parent)
     except NoSuchFileError as error:
         raise StudyError(file, f"optimizers[{index}].search_space", arm.search_space, str(error)) from None
-    return SearchSpace.load(arm.name, path)
+    return SearchSpace.load(arm.rule, path)
 
 
 def _resolved(file: Path, study: Study, spaces: Mapping[str, SearchSpace]) -> ResolvedStudy:
-    fixed = {arm.name: spaces[arm.name].fix(arm.fixed) for arm in study.optimizers}
+    fixed = {arm.name: _space_of(arm, spaces[arm.name]) for arm in study.optimizers}
     schedules = {arm.name: fixed[arm.name].schedule_of(arm, study.schedule) for arm in study.optimizers}
     return ResolvedStudy(study=study, file=file, spaces=fixed, schedules=schedules, hash=_hash(study, fixed))
+
+
+def _space_of(arm: Arm, space: SearchSpace) -> SearchSpace:
+    """What the arm searches, under the arm's name."""
+    searched = space.fix(arm.fixed)
+    return (searched.untuned() if arm.untuned else searched).model_copy(update={"name": arm.name})
 
 
 def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:

@@ -269,6 +269,14 @@ class SearchSpace(Section):
         rest = {name: parameter for name, parameter in self.parameters.items() if name not in values}
         return self.model_copy(update={"parameters": rest, "fixed": {**self.fixed, **settings}})
 
+    def untuned(self) -> SearchSpace:
+        """The space that searches nothing: every hyperparameter at its default."""
+        settings = {
+            name: Setting(value=parameter.default, source=f"default, not tuned; {parameter.source}")
+            for name, parameter in self.parameters.items()
+        }
+        return self.model_copy(update={"parameters": {}, "fixed": {**self.fixed, **settings}})
+
     def fixing_problems(self, values: dict[str, Any], key: str) -> list[Problem]:
         """What is wrong with hyperparameters that a study fixes; `key` is put in front of each name."""
         problems = []

@@ -13,7 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 WATER_BOX = "water-box"
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+RULE_PATTERN = r"^F([1-9]|1[0-9])$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -172,7 +175,16 @@ class Workload(Section):
 class Arm(Section):
     """An optimizer that takes part; a bare name stands for `{name: NAME}`."""
 
-    name: Name = Field(description="a file of search_spaces/")
+    name: Name = Field(description="a file of search_spaces/, or with `optimizer` any name")
+    optimizer: Name | None = Field(
+        default=None, description="a file of search_spaces/, for a second arm of an optimizer under another name"
+    )
+    untuned: bool = Field(
+        default=False, description="one configuration with every default in place of a search: what tuning is worth"
+    )
+    budget: PositiveInt = Field(
+        default=1, description="times `tune.trials_per_arm`; 2 for an audit whether a baseline was tuned well"
+    )
     search_space: str | None = Field(
         default=None, description="path of another search-space file, relative to the study"
     )
@@ -180,6 +192,11 @@ class Arm(Section):
     fixed: dict[str, Any] = Field(
         default_factory=dict, description="hyperparameters that are not searched, with their value"
     )
+
+    @property
+    def rule(self) -> str:
+        """The optimizer whose search space and update rule it takes."""
+        return self.optimizer or self.name
 
 
 def _named_arm(value: object) -> object:
@@ -203,13 +220,53 @@ class Objective(Section):
     )
 
 
+class AshaForm(StrEnum):
+    """What a trial does at a rung: wait until it is among the best, or be judged when it arrives."""
+
+    PROMOTION = "promotion"
+    STOPPING = "stopping"
+
+
+class AshaOrder(StrEnum):
+    """When a rung is decided: when all have come who can, or for each trial as soon as it may go on."""
+
+    DETERMINISTIC = "deterministic"
+    ASYNCHRONOUS = "asynchronous"
+
+
+def _sentinels(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INTEGER_LIMIT
+    if value != "auto" and not number:
+        raise ValueError("auto, or an integer of at least 0")
+    return value
+
+
+Sentinels = Annotated[
+    Literal["auto"] | int, PlainValidator(_sentinels, json_schema_input_type=Literal["auto"] | NonNegativeInt)
+]
+
+
 class Asha(Section):
-    """Asynchronous successive halving inside each arm."""
+    """Successive halving inside each arm."""
 
     grace_steps: PositiveInt | None = Field(
         default=None, description="first rung; left out, a quarter of each workload's horizon"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(default=3, description="one in this many goes on at a rung")
+    form: Annotated[AshaForm, Field(strict=False)] = Field(
+        default=AshaForm.PROMOTION,
+        description="promotion: a trial waits at its rung until it is among the best; stopping: it is judged when it "
+        "arrives, by those who came before",
+    )
+    order: Annotated[AshaOrder, Field(strict=False)] = Field(
+        default=AshaOrder.DETERMINISTIC,
+        description="deterministic: a rung is decided when all who can come have come; asynchronous: at once, where "
+        "one arm alone would leave devices idle",
+    )
+    sentinels: Sentinels = Field(
+        default="auto",
+        description="configurations of each arm that are never stopped; auto is 15 % of them, at least 8, at most all",
+    )
 
 
 class Sampler(StrEnum):
@@ -285,6 +342,10 @@ class Resources(Section):
         return "cuda" if self.gpus_per_trial > 0 else "cpu"
 
 
+RuleName = Annotated[str, Field(pattern=RULE_PATTERN)]
+Waiver = Annotated[str, Field(min_length=1)]
+
+
 class Study(Section):
     """A study: arms = workloads x optimizers, searched, then confirmed."""
 
@@ -310,6 +371,15 @@ class Study(Section):
     keep_checkpoints: Literal["confirm", "all", "none"] = Field(
         default="confirm", description="checkpoints kept after a trial has ended"
     )
+    waive: dict[RuleName, Waiver] = Field(
+        default_factory=dict,
+        description="rules of a fair comparison that the study breaks, F1 to F19, each with a reason",
+    )
+
+    def trials_of(self, arm: str) -> int:
+        """Configurations that the tune stage gives to an optimizer's arms, by the arm's name."""
+        found = next(entry for entry in self.optimizers if entry.name == arm)
+        return 1 if found.untuned else found.budget * self.tune.trials_per_arm
 
 
 class InWords(str):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tunebench.study.control import asked
 from tunebench.study.errors import RunError
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
@@ -26,6 +27,7 @@ def run_status(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
+        "asked": asked(run).value,
         "trials": len(trials),
         "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
         "arms": [_counts([t for t in trials if (t.key.arm, t.key.stage) == arm]) for arm in arms],
@@ -51,12 +53,20 @@ def explain_trial(run: Path, name: str) -> dict[str, Any]:
         "detail": trial.detail,
         "params": trial.params,
         "rungs": trial.rungs,
+        "decisions": trial.decisions,
+        "sentinel": trial.sentinel,
         "objective": trial.value,
         "ledger": trial.ledger,
         "groups": trial.groups,
         "engine": trial.engine,
         "text": _sentences(trial),
     }
+
+
+def waits_at_rung(trial: TrialRecord) -> bool:
+    """Whether a trial has reached a rung that has not decided about it."""
+    decided = {decision["rung"] for decision in trial.decisions}
+    return trial.reason is None and not trial.sentinel and bool(trial.rungs) and max(trial.rungs) not in decided
 
 
 def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
@@ -67,7 +77,8 @@ def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
         "engine": ", ".join(dict.fromkeys(trial.engine for trial in trials if trial.engine)),
         "planned": len(trials),
         "waiting": sum(trial.state == "WAITING" for trial in trials),
-        "running": sum(trial.state == "RUNNING" for trial in trials),
+        "running": sum(trial.state == "RUNNING" and not waits_at_rung(trial) for trial in trials),
+        "at_rung": sum(waits_at_rung(trial) for trial in trials),
         **{reason.value: sum(trial.reason is reason for trial in trials) for reason in Reason},
         "failed": sum(trial.reason is not None and trial.reason not in _GOOD for trial in trials),
         "best_objective": min(values, default=None),
@@ -77,10 +88,11 @@ def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
 def _sentences(trial: TrialRecord) -> str:
     settings = ", ".join(f"{name} = {_short(value)}" for name, value in trial.params.items())
     lines = [f"{trial.key.trial_id}: {_why(trial)}", f"configuration: {settings}"]
-    if trial.rungs:
-        lines.append(
-            "rungs: " + ", ".join(f"{value:.5g} at step {step}" for step, value in sorted(trial.rungs.items()))
-        )
+    if trial.sentinel:
+        lines.append("sentinel: chosen before the start, never stopped; its rungs say what would have become of it")
+    decided = {decision["rung"]: decision for decision in trial.decisions}
+    for step, value in sorted(trial.rungs.items()):
+        lines.append(f"rung {step}: objective {value:.5g}{_at_rung(decided.get(step))}")
     if trial.groups:
         lines.append(f"update rules: {_rules(trial)}")
     if trial.ledger:
@@ -89,6 +101,13 @@ def _sentences(trial: TrialRecord) -> str:
             f"{trial.ledger['attempts']:.0f} attempt(s)" + (f", {trial.engine} engine" if trial.engine else "")
         )
     return "\n".join(lines)
+
+
+def _at_rung(decision: dict[str, Any] | None) -> str:
+    if decision is None:
+        return ", not decided"
+    said = "among the best" if decision["goes_on"] else "not among the best"
+    return f", {said} of {decision['competitors']} trials of its arm, cutoff {decision['cutoff']:.5g}"
 
 
 def _rules(trial: TrialRecord) -> str:
@@ -109,6 +128,8 @@ def _why(trial: TrialRecord) -> str:
     detail = trial.detail
     match trial.reason:
         case None:
+            if waits_at_rung(trial):
+                return f"has not ended; it waits at rung {max(trial.rungs)} for the other trials of its arm"
             return "has not ended; it waits" if trial.state == "WAITING" else "has not ended; it runs"
         case Reason.FINISHED:
             objective = "an objective that is not finite" if trial.value is None else f"objective {trial.value:.5g}"

@@ -1,100 +1,173 @@
-"""Asynchronous successive halving, one independent ladder of rungs per arm, as a Tune scheduler.
+"""Successive halving as a Tune scheduler: one ladder of rungs per arm, in one Tuner.
 
-Ray's own ASHA pools all trials, keeps no reason, loses its rungs on a restart and never stops NaN (Ray 2.60,
-ray-project/ray issue 30838). Here a rung is hit exactly, every decision can be read back from the journal, and the
-rungs of a resumed study are the journal's. The rule is the stopping form of Li et al., arXiv:1810.05934.
+Ray's own ASHA pools all trials, has no promotion form, keeps no reason, loses its rungs on a restart and never stops
+NaN (Ray 2.60, ray-project/ray issues 30838 and 44256). Here `Ladder` decides; this module carries its decisions out
+through Tune's PAUSE and stop, and the rungs of a resumed study are those of its journal.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from tunebench.study.control import Wish
 from tunebench.study.record import TrialKey, TrialRecord
+from tunebench.study.spec import Asha
+from tunebench.tuning.ladder import Decision, Fate, Ladder
+
+_ACTIONS = {
+    Fate.GO_ON: TrialScheduler.CONTINUE,
+    Fate.WAIT: TrialScheduler.PAUSE,
+    Fate.STOP: TrialScheduler.STOP,
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What happened to a trial at a rung, with what it was compared.
+def arm_ladders(
+    asha: Asha | None, rungs: Mapping[str, tuple[int, ...]], records: Iterable[TrialRecord], fewest: int = 1
+) -> dict[str, Ladder]:
+    """A ladder for every arm with rungs, rebuilt from the journal's records of one stage.
 
-    Attributes:
-        cutoff: the largest objective that goes on. recorded: trials seen at this rung so far, this one included if its
-            value is finite.
+    Args:
+        asha: how the study stops; None stops nothing.
+        rungs: steps by arm.
+        records: all trials of the stage.
+        fewest: trials that a rung lets go on at least.
     """
-
-    rung: int
-    value: float
-    cutoff: float
-    recorded: int
-    stop: bool
-
-
-@dataclass
-class Ladder:
-    """The rungs of one arm: objectives by rung and trial, those of stopped trials included."""
-
-    reduction_factor: int
-    values: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-
-    def decide(self, trial_id: str, rung: int, value: float) -> Decision:
-        """Let the best 1 / `reduction_factor` of the trials seen at this rung go on, and always the best one.
-
-        A value that is not finite is stopped and not counted. A trial that went on and reports the rung again, as it
-        does after a restart, goes on again, whoever has come since.
-        """
-        values = self.values[rung]
-        went_on = trial_id in values
-        if math.isfinite(value):
-            values.setdefault(trial_id, value)
-        seen = sorted(values.values())
-        cutoff = seen[max(len(seen) // self.reduction_factor, 1) - 1] if seen else math.inf
-        stop = not math.isfinite(value) or (not went_on and value > cutoff)
-        return Decision(rung=rung, value=value, cutoff=cutoff, recorded=len(seen), stop=stop)
+    of_arm: dict[str, list[TrialRecord]] = {arm: [] for arm, steps in rungs.items() if asha is not None and steps}
+    for record in records:
+        of_arm.get(record.key.arm, []).append(record)
+    ladders = {}
+    for arm, planned in of_arm.items():
+        names = [record.key.trial_id for record in planned]
+        assert asha is not None
+        ladder = Ladder(asha, rungs[arm], names, [r.key.trial_id for r in planned if r.sentinel], fewest)
+        for record in planned:
+            ended = record.reason is not None
+            ladder.rebuild(record.key.trial_id, record.rungs, record.decisions, ended=ended)
+        ladders[arm] = ladder
+    return ladders
 
 
 class PerArmAsha(FIFOScheduler):
-    """Tune scheduler that stops trials by their own arm's ladder and never by another arm's.
+    """Tune scheduler that pauses, promotes and stops trials by their own arm's ladder and never by another arm's.
 
-    Trials are started in the order of the list given to Tune, which interleaves the arms.
+    Trials are started in the order of the list given to Tune, which interleaves the arms; one that was promoted comes
+    before one that has not begun.
+
+    Args:
+        ladders: by arm; an arm without one is never stopped.
+        key_of: trial keys by trial id.
+        room_for: whether a trial that was promoted may start now, given the ids of those that are active.
+        wish: what was asked of the run.
     """
 
-    def __init__(self, rungs: dict[str, tuple[int, ...]], reduction_factor: int, key_of: Callable[[str], TrialKey]):
+    def __init__(
+        self,
+        ladders: Mapping[str, Ladder],
+        key_of: Callable[[str], TrialKey],
+        room_for: Callable[[str, Collection[str]], bool] = lambda trial, active: True,
+        wish: Callable[[], Wish] = lambda: Wish.RESUME,
+    ):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rungs, self._key_of = rungs, key_of
-        self._ladders = {arm: Ladder(reduction_factor) for arm in rungs}
-        self.decisions: dict[str, Decision] = {}
+        self._ladders, self._key_of, self._room_for, self._wish = ladders, key_of, room_for, wish
+        self._held: set[str] = set()
+        self._at_rung: dict[str, int] = {}
+        self._undelivered = [decision for ladder in ladders.values() for decision in ladder.settle()]
 
-    def rebuild(self, records: Iterable[TrialRecord]) -> None:
-        """Rebuild the rungs from what the journal holds."""
-        for record in records:
-            if record.key.arm not in self._ladders:
-                continue
-            for step, value in record.rungs.items():
-                # a driver killed while it closed a stopped trial: the trial reports this rung again and is judged anew
-                if record.reason is None and record.detail.get("rung") == step:
-                    continue
-                self._ladders[record.key.arm].values[step][record.key.trial_id] = value
+    def new_decisions(self) -> list[Decision]:
+        """Decisions that were made since the last call, for the journal."""
+        new, self._undelivered = self._undelivered, []
+        return new
+
+    def decision(self, trial_id: str) -> Decision | None:
+        """The last decision about a trial."""
+        ladder = self._ladders.get(self._key_of(trial_id).arm)
+        return ladder.decision(trial_id) if ladder else None
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Trials that wait at a rung or in a pause of the run; they need no place."""
+        return frozenset({*self._at_rung, *self._held})
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Decide at a rung, go on anywhere else."""
-        key = self._key_of(trial.config["trial"])
-        if result["step"] not in self._rungs.get(key.arm, ()) or result["outcome"] is not None:
+        """Let a trial wait, go on or stop at a rung; let it go on anywhere else, unless the run is paused."""
+        action = self._at_evaluation(self._key_of(trial.config["trial"]), result)
+        if action == TrialScheduler.CONTINUE and result["outcome"] is None and self._wish() is Wish.PAUSE:
+            self._held.add(trial.config["trial"])
+            return str(TrialScheduler.PAUSE)
+        return action
+
+    def _at_evaluation(self, key: TrialKey, result: dict[str, Any]) -> str:
+        ladder = self._ladders.get(key.arm)
+        if ladder is None:
             return str(TrialScheduler.CONTINUE)
-        decision = self._ladders[key.arm].decide(key.trial_id, result["step"], result["objective"])
-        if not decision.stop:
+        if result["outcome"] is not None:
+            self._undelivered += ladder.end(key.trial_id)
             return str(TrialScheduler.CONTINUE)
-        self.decisions[key.trial_id] = decision
-        return str(TrialScheduler.STOP)
+        if result["step"] not in ladder.rungs:
+            return str(TrialScheduler.CONTINUE)
+        self._undelivered += ladder.arrive(key.trial_id, result["step"], result["objective"])
+        fate = ladder.fate(key.trial_id, result["step"])
+        if fate is Fate.WAIT:
+            self._at_rung[key.trial_id] = result["step"]
+        return str(_ACTIONS[fate])
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial that failed for good will reach no further rung."""
+        self._left(trial)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """A trial has ended."""
+        self._forget(trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """A waiting trial has been stopped."""
+        self._forget(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
+        paused: list[Trial] = [trial for trial in tune_controller.get_trials() if trial.status == Trial.PAUSED]
+        for trial in paused:
+            if self._fate(trial) is Fate.STOP:
+                tune_controller.stop_trial(trial)
+        trials = tune_controller.get_trials()
+        active = {t.config["trial"] for t in trials if t.status in (Trial.RUNNING, Trial.PENDING)}
+        for trial in paused:
+            name = trial.config["trial"]
+            if self._may_go_on(trial) and self._room_for(name, active - self.waiting):
+                self._forget(trial)
+                return trial
+        pending: Trial | None = next((trial for trial in trials if trial.status == Trial.PENDING), None)
+        return pending
 
     def debug_string(self) -> str:
         """One line per arm: rung and number of trials seen there."""
         return "; ".join(
-            f"{arm}: " + ", ".join(f"{step} ({len(seen)})" for step, seen in sorted(ladder.values.items()))
+            f"{arm}: " + ", ".join(f"{step} ({count})" for step, count in ladder.seen().items() if count)
             for arm, ladder in self._ladders.items()
         )
+
+    def _fate(self, trial: Trial) -> Fate:
+        name = trial.config["trial"]
+        if name not in self._at_rung:
+            return Fate.WAIT
+        return self._ladders[self._key_of(name).arm].fate(name, self._at_rung[name])
+
+    def _may_go_on(self, trial: Trial) -> bool:
+        if self._wish() is not Wish.RESUME:
+            return False
+        return trial.config["trial"] in self._held or self._fate(trial) is Fate.GO_ON
+
+    def _forget(self, trial: Trial) -> None:
+        self._at_rung.pop(trial.config["trial"], None)
+        self._held.discard(trial.config["trial"])
+
+    def _left(self, trial: Trial) -> None:
+        name = trial.config["trial"]
+        self._forget(trial)
+        ladder = self._ladders.get(self._key_of(name).arm)
+        if ladder is not None:
+            self._undelivered += ladder.end(name)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 
 from tunebench.engine.task import TrialTask
-from tunebench.study.record import Reason
 from tunebench.tuning.tenancy import Handle
 from tunebench.tuning.trial_log import log_to
 from tunebench.workloads.data import graphs_folder
@@ -37,6 +36,7 @@ class _Lodger:
     """A trial that is in, or whose last reports are still to be fetched."""
 
     reports: asyncio.Queue[dict[str, Any] | Refused]
+    visit: str
     watch: asyncio.Task[None] | None = None
 
 
@@ -79,20 +79,21 @@ class CohortActor:
         """So many trials of the workload are still to come."""
         self._cohort.submit(self._cohort.expect, trials)
 
-    async def join(self, task: TrialTask, tenant: Handle) -> None:
+    async def join(self, task: TrialTask, tenant: Handle, visit: str) -> None:
         """Let a trial in; it is watched, and leaves if its tenant dies.
 
         Raises:
             Refused: the trial cannot be trained.
         """
         name = task.key.trial_id
-        self._lodgers[name] = _Lodger(asyncio.Queue())
+        lodger = self._lodgers[name] = _Lodger(asyncio.Queue(), visit)
         try:
             await self._ordered(self._cohort.join, task)
         except Refused:
-            del self._lodgers[name]
+            self._dismiss(name, lodger)
             raise
-        self._lodgers[name].watch = asyncio.create_task(self._watch(name, tenant))
+        if self._lodgers.get(name) is lodger:
+            lodger.watch = asyncio.create_task(self._watch(name, tenant, lodger))
 
     async def next_report(self, name: str) -> dict[str, Any]:
         """The next report of a trial, as soon as there is one.
@@ -117,20 +118,22 @@ class CohortActor:
             if name in self._lodgers:
                 self._lodgers[name].reports.put_nowait(error)
 
-    async def leave(self, name: str, reason: str | None) -> None:
-        """A trial leaves its slot, if it is in."""
+    async def leave(self, name: str, visit: str) -> None:
+        """A trial leaves its slot, if it is in; one that has come back since then stays."""
         lodger = self._lodgers.get(name)
-        was_in = await self._ordered(self._cohort.leave, name, None if reason is None else Reason(reason))
+        if lodger is not None and lodger.visit != visit:
+            return
+        was_in = await self._ordered(self._cohort.leave, name, None)
         if lodger is not None:
             self._dismiss(name, lodger)
         if was_in:
-            await self._pool.left.remote(self._number, name)
+            await self._pool.left.remote(self._number, name, visit)
 
     async def lives(self) -> None:
         """Never returns: who waits for it learns of the actor's death."""
         await asyncio.Event().wait()
 
-    async def _watch(self, name: str, tenant: Handle) -> None:
+    async def _watch(self, name: str, tenant: Handle, lodger: _Lodger) -> None:
         """Free the slot of a trial whose tenant has died."""
         try:
             while True:
@@ -138,8 +141,8 @@ class CohortActor:
                 await asyncio.sleep(_LOOK_AFTER_TENANTS_S)
         except RayActorError:
             log.warning("%s: its tenant has died, it leaves", name)
-        self._lodgers[name].watch = None
-        await self.leave(name, None)
+        lodger.watch = None  # which would be cancelled, and is this very task
+        await self.leave(name, lodger.visit)
 
     def _dismiss(self, name: str, lodger: _Lodger) -> None:
         if lodger.watch is not None:
@@ -173,7 +176,9 @@ class CohortActor:
         self._events.call_soon_threadsafe(call, *arguments)
 
     def _hand_out(self, name: str, plain: dict[str, Any]) -> None:
-        if name in self._lodgers:
-            self._lodgers[name].reports.put_nowait(plain)
+        lodger = self._lodgers.get(name)
+        if lodger is None:
+            return
+        lodger.reports.put_nowait(plain)
         if plain["evaluation"]["outcome"] is not None:  # it has left its slot
-            self._pool.left.remote(self._number, name)
+            self._pool.left.remote(self._number, name, lodger.visit)

@@ -93,6 +93,7 @@ class _Applicant:
     """A tenant that waits for a place."""
 
     tenant: Handle
+    visit: str
     place: asyncio.Future[tuple[int, Handle]]
 
 
@@ -111,6 +112,7 @@ class Pool:
         self._placement = Placement()
         self._tasks: dict[str, TrialTask] = {}
         self._applicants: dict[str, _Applicant] = {}
+        self._visits: dict[str, str] = {}
         self._cohorts: dict[int, _Cohort] = {}
         self._ends: dict[int, asyncio.Future[_End]] = {}
         self._sizes: dict[str, int] = {}
@@ -138,16 +140,22 @@ class Pool:
         sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
         return max(len(self._usable_devices()), 1) * max(sizes, default=1)
 
+    async def vacate(self, trial: str, visit: str) -> None:
+        """A trial waits at a rung or was stopped: its slot is free, unless it has come back already."""
+        if self._visits.get(trial) == visit:
+            await self._clear_out(trial)
+
     # --- for tenants -----------------------------------------------------------------------------------------------
 
-    async def place(self, trial: str, tenant: Handle) -> tuple[int, Handle]:
-        """A place for a trial, as soon as there is one: the cohort's number and actor.
+    async def place(self, trial: str, tenant: Handle, visit: str) -> tuple[int, Handle]:
+        """A place for a trial's visit, as soon as there is one: the cohort's number and actor.
 
         Raises:
             RuntimeError: the trial is refused, or no device is left; one line.
         """
         await self._clear_out(trial)
-        applicant = _Applicant(tenant, asyncio.get_running_loop().create_future())
+        self._visits[trial] = visit
+        applicant = _Applicant(tenant, visit, asyncio.get_running_loop().create_future())
         self._applicants[trial] = applicant
         self._wait(trial)
         self._grow()
@@ -165,9 +173,9 @@ class Pool:
 
     # --- for cohorts -----------------------------------------------------------------------------------------------
 
-    async def left(self, cohort: int, trial: str) -> None:
-        """A trial has left its slot."""
-        if self._placement.place_of(trial) == cohort:
+    async def left(self, cohort: int, trial: str, visit: str) -> None:
+        """A trial's visit to its slot is over."""
+        if self._placement.place_of(trial) == cohort and self._visits.get(trial) == visit:
             self._placement.leave(trial)
         self._move()
 
@@ -316,7 +324,7 @@ class Pool:
         if applicant is None or cohort is None:
             return
         try:
-            await cohort.actor.join.remote(self._tasks[trial], applicant.tenant)
+            await cohort.actor.join.remote(self._tasks[trial], applicant.tenant, applicant.visit)
         except RayActorError:  # `_lose` lets it wait again
             return
         except RayTaskError as error:
@@ -345,7 +353,7 @@ class Pool:
         if number is None or number not in self._cohorts:
             return
         try:
-            await self._cohorts[number].actor.leave.remote(trial, None)
+            await self._cohorts[number].actor.leave.remote(trial, self._visits[trial])
         except RayActorError:
             return
 

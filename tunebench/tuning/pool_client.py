@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class PoolClient:
                 raise RunStopped(f"{self._run}: the pool of cohorts has died; run again to go on") from error
         return min(self._capacity, self._resources.concurrent_trials or self._capacity)
 
+    def vacate(self, trial: str, visit: str) -> None:
+        """Free the slot of a trial that waits at a rung or was stopped, without waiting for its process to notice."""
+        if self.actor is not None:
+            self.actor.vacate.remote(trial, visit)
+
     def _started(self) -> Handle:
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
@@ -70,20 +75,45 @@ class PoolClient:
 class TrialQueue(BasicVariantGenerator):
     """Hands trials to Tune in the order of its grid: first as many tenants as there are slots, then the others.
 
-    The number of slots changes with the cluster. Without a bound on the others Ray's resources are theirs.
+    The number of slots changes with the cluster. Without a bound on the others Ray's resources are theirs. Trials that
+    wait at a rung have no place and do not count.
+
+    Args:
+        tenants: names of the trials of the cohort engine.
+        pool: knows how many slots there are.
+        others: upper bound on the other trials at once.
+        waiting: trials at a rung.
+        closed: whether nothing new may start; it may end the run where nothing is left to wait for.
     """
 
-    def __init__(self, tenants: int, pool: PoolClient, others: int | None) -> None:
+    def __init__(
+        self,
+        tenants: Collection[str],
+        pool: PoolClient,
+        others: int | None,
+        waiting: Callable[[], Collection[str]] = tuple,
+        closed: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__()
-        self._tenants_left, self._pool, self._others = tenants, pool, others or 0
+        self._tenants, self._tenants_left = frozenset(tenants), len(tenants)
+        self._pool, self._others, self._waiting, self._closed = pool, others or 0, waiting, closed
 
     def next_trial(self) -> Any:
-        """The next trial, or None while its kind has no room."""
-        self.max_concurrent = self._pool.capacity() if self._tenants_left else self._others
+        """The next trial, or None while its kind has no room or nothing may start."""
+        if self._closed():
+            return None
+        bound = self._pool.capacity() if self._tenants_left else self._others
+        self.max_concurrent = bound and bound + len(self._waiting())
         trial = super().next_trial()  # type: ignore[no-untyped-call]
         if trial is not None and self._tenants_left:
             self._tenants_left -= 1
         return trial
+
+    def room_for(self, trial: str, active: Collection[str]) -> bool:
+        """Whether a trial that was promoted may take a place while these trials have one or wait for one."""
+        tenant = trial in self._tenants
+        bound = self._pool.capacity() if tenant else self._others
+        return not bound or sum((name in self._tenants) == tenant for name in active) < bound
 
     def save_to_dir(self, dirpath: str, session_str: str) -> None:  # type: ignore[override]
         """Nothing: a resumed run plans from the journal."""

@@ -22,6 +22,7 @@ class _ArmCount:
     planned: int = 0
     best: float | None = None
     running: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
     ended: dict[str, Reason] = field(default_factory=dict)
 
     @property
@@ -72,7 +73,16 @@ class Progress:
 
     def started(self, key: TrialKey) -> None:
         """Count a running trial; one that is started again after a failure counts once."""
-        self._arms[key.arm].running.add(key.trial_id)
+        arm = self._arms[key.arm]
+        arm.waiting.discard(key.trial_id)
+        arm.running.add(key.trial_id)
+        self._show()
+
+    def waits(self, key: TrialKey) -> None:
+        """Count a trial that waits at its rung."""
+        arm = self._arms[key.arm]
+        arm.running.discard(key.trial_id)
+        arm.waiting.add(key.trial_id)
         self._show()
 
     def evaluated(self, key: TrialKey, evaluation: Evaluation) -> None:
@@ -84,6 +94,7 @@ class Progress:
         """Count a trial that ended; it ends once, though its process may fail after that."""
         arm = self._arms[key.arm]
         arm.running.discard(key.trial_id)
+        arm.waiting.discard(key.trial_id)
         arm.ended.setdefault(key.trial_id, reason)
         self._show()
 
@@ -102,17 +113,19 @@ class Progress:
         self._console.print(
             f"{self._stage} stage: {done} of {sum(a.planned for a in arms)} trials ended "
             f"({sum(a.stopped for a in arms)} stopped early, {sum(a.failed for a in arms)} failed), "
-            f"{sum(len(a.running) for a in arms)} running, {self._printed - self._began:.0f} s",
+            f"{sum(len(a.running) for a in arms)} running, {sum(len(a.waiting) for a in arms)} waiting at a rung, "
+            f"{self._printed - self._began:.0f} s",
             highlight=False,
             soft_wrap=True,
         )
 
     def _table(self) -> Table:
         table = Table(title=f"{self._stage} stage, {time.monotonic() - self._began:.0f} s", title_justify="left")
-        for column in ("arm", "trials", "running", "finished", "stopped early", "failed", "best objective"):
+        counted = ("trials", "running", "at a rung", "finished", "stopped early", "failed", "best objective")
+        for column in ("arm", *counted):
             table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
         for name, arm in self._arms.items():
             best = "" if arm.best is None else f"{arm.best:.4g}"
-            cells = (arm.planned, len(arm.running), arm.finished, arm.stopped, arm.failed)
+            cells = (arm.planned, len(arm.running), len(arm.waiting), arm.finished, arm.stopped, arm.failed)
             table.add_row(name, *map(str, cells), best)
         return table

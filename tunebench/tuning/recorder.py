@@ -15,7 +15,8 @@ from tunebench.engine.task import Evaluation
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
-from tunebench.tuning.asha import Decision, PerArmAsha
+from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.ladder import Decision, Fate
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
 
@@ -31,6 +32,10 @@ class Recorder(Callback):
         drop: whether a finished trial's checkpoints are deleted, by key.
         progress: the view that is updated.
         engines: name of the engine of each workload.
+        left: called with a trial that waits or was stopped at a rung and with what came with its report, so that its
+            slot gets free at once.
+        stopped: called with the key of a trial that was stopped and its last evaluation.
+        obey: called after every step of Tune with the number of trials that train or are about to.
     """
 
     def __init__(
@@ -42,7 +47,11 @@ class Recorder(Callback):
         drop: Callable[[TrialKey], bool],
         progress: Progress,
         engines: Mapping[str, str],
+        left: Callable[[str, Mapping[str, Any]], None] = lambda trial, result: None,
+        stopped: Callable[[TrialKey, Evaluation], None] = lambda key, last: None,
+        obey: Callable[[int], None] = lambda active: None,
     ) -> None:
+        self._left, self._stopped, self._obey = left, stopped, obey
         self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
         self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
@@ -66,16 +75,29 @@ class Recorder(Callback):
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)
-        decision = self._scheduler.decisions.get(key.trial_id)
-        if decision is not None:  # before the rung: a rung without it would mean after a kill that the trial went on
-            self._journal.note(key, _detail(decision))
-        if evaluation.step in self._rungs.get(key.arm, ()) and math.isfinite(evaluation.objective):
+        at_rung = evaluation.step in self._rungs.get(key.arm, ())
+        if at_rung and math.isfinite(evaluation.objective):
             self._journal.record_rung(key, evaluation.step, evaluation.objective)
+        self._write_decisions()  # after the rung: what a kill leaves out is decided again from the rungs
         self._progress.evaluated(key, evaluation)
         if evaluation.outcome is not None:
             self._finish(key, evaluation.outcome, {"message": evaluation.message})
-        elif decision is not None:
-            self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
+        elif at_rung or key.trial_id in self._scheduler.waiting:
+            self._settle(key, result)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Do what was asked of the run.
+
+        Raises:
+            Interrupted: it was asked to end.
+        """
+        waiting = self._scheduler.waiting
+        going = (t for t in trials if t.status in (Trial.RUNNING, Trial.PENDING))
+        self._obey(sum(trial.config["trial"] not in waiting for trial in going))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Close a trial that was stopped while it waited at its rung."""
+        self._close_stopped(self._key(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close a trial that failed more often than the study allows.
@@ -88,7 +110,28 @@ class Recorder(Callback):
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
             raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
+        self._write_decisions()
         self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
+
+    def _write_decisions(self) -> None:
+        for decision in self._scheduler.new_decisions():
+            self._journal.decide(self._keys[decision.trial], decision.to_plain())
+
+    def _settle(self, key: TrialKey, result: Mapping[str, Any]) -> None:
+        """A trial at its rung, or in a paused run, waits, is stopped, or goes on."""
+        waits = key.trial_id in self._scheduler.waiting
+        if waits:
+            self._progress.waits(key)
+        if self._close_stopped(key) or waits:
+            self._left(key.trial_id, result)
+
+    def _close_stopped(self, key: TrialKey) -> bool:
+        decision = self._scheduler.decision(key.trial_id)
+        if decision is None or decision.fate is not Fate.STOP:
+            return False
+        self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
+        self._stopped(key, self._last[key.trial_id])
+        return True
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:
         last = self._last.get(key.trial_id)
@@ -119,7 +162,7 @@ def _detail(decision: Decision) -> dict[str, Any]:
         "rung": decision.rung,
         "cutoff": decision.cutoff,
         "value": decision.value,
-        "recorded": decision.recorded,
+        "recorded": decision.competitors,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunebench.study.control import Wish, ask, asked
 from tunebench.study.errors import Interrupted, RunError, RunStopped
 from tunebench.study.journal import read_trials
 from tunebench.study.record import JOURNAL, STUDY_HASH
@@ -43,6 +44,7 @@ def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
         except OSError:
             raise RunError(f"{run}: another `tunebench run` is working on it, allowed: one at a time") from None
         _check_study(resolved, run)
+        _check_wish(run)
         try:
             yield
         except (RunError, RunStopped, Interrupted):
@@ -81,6 +83,15 @@ def _make(run: Path) -> None:
         (run / LOCK).touch()
     except OSError as error:
         raise RunError(f"{run}: found {error.strerror}, allowed: a folder that can be written") from error
+
+
+def _check_wish(run: Path) -> None:
+    """A drain ends with the driver it was asked of; a run that was cancelled stays so."""
+    wish = asked(run)
+    if wish is Wish.CANCEL:
+        raise RunError(f"{run}: found that it was cancelled, allowed: to go on after `tunebench resume {run}`")
+    if wish is Wish.DRAIN:
+        ask(run, Wish.RESUME)
 
 
 def _check_study(resolved: ResolvedStudy, run: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,15 @@ from rich.console import Console
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.environment import write_environment
-from tunebench.study.errors import Interrupted
+from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.extension import extend, extended
 from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.lint import refuse_unfair
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
+from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
@@ -45,10 +47,12 @@ class RunOptions:
     Attributes:
         run: the run directory.
         address: Ray cluster to join, None for a cluster of this machine alone.
+        extend: further configurations for every arm of a run that has begun.
     """
 
     run: Path
     address: str | None = None
+    extend: int = 0
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -58,13 +62,19 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         All trials of the finished study.
 
     Raises:
-        StudyError: the data contradict the study.
+        StudyError: the data contradict the study, or it breaks a rule of a fair comparison that it does not waive.
         RunError: the run directory belongs to another study or other data, is in use, or has no room.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
+    refuse_unfair(resolved)
     with held_run(resolved, options.run):
+        if options.extend:
+            if not (options.run / JOURNAL).exists():
+                raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
+            extend(resolved, options.run, options.extend)
+        resolved = extended(resolved, options.run)
         data = prepare_workloads(resolved, console)
         if not (options.run / JOURNAL).exists():
             check_arms(resolved, data)
@@ -84,6 +94,11 @@ class _Run:
         self._resolved, self._study, self._options = resolved, resolved.study, options
         self._data, self._console = data, console
         self._arms = plan_arms(resolved)
+        tune = self._study.tune
+        self._sentinels = {
+            workload.name: sentinel_configurations(tune.asha, tune.trials_per_arm, self._study.seed, workload.name)
+            for workload in self._study.workloads
+        }
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
@@ -110,8 +125,8 @@ class _Run:
             self._plan_sobol()
             self._run_stage(Stage.TUNE)
             return
-        for planned in _rounds(self._study.tune.trials_per_arm):
-            self._plan_tpe(planned)
+        for number in range(_TPE_ROUNDS):
+            self._plan_tpe(number)
             self._run_stage(Stage.TUNE)
 
     def confirm(self) -> None:
@@ -125,7 +140,7 @@ class _Run:
         self._run_stage(Stage.CONFIRM)
 
     def _plan_sobol(self) -> None:
-        count = self._study.tune.trials_per_arm
+        count = max(arm.trials for arm in self._arms)
         points = {
             workload.name: sobol_points(
                 self._resolved.spaces.values(), count, named_seed(self._study.seed, "sobol", workload.name)
@@ -134,12 +149,15 @@ class _Run:
         }
         for index in range(count):
             for arm in self._arms:
+                if index >= arm.trials:
+                    continue
                 params = configuration(arm.space, points[arm.workload.name][index])
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
-    def _plan_tpe(self, planned: range) -> None:
+    def _plan_tpe(self, number: int) -> None:
         records = read_trials(self._options.run)
         for arm in self._arms:
+            planned = _round(number, arm.trials)
             of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
             if len(of_arm) >= planned.stop:  # planned by an earlier start
                 continue
@@ -151,7 +169,9 @@ class _Run:
     def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
-        self._journal.plan(key, params, distributions, seeds, self._data[arm.workload.name].hash)
+        data_hash = self._data[arm.workload.name].hash
+        sentinel = key.stage is Stage.TUNE and key.config_index in self._sentinels[arm.workload.name]
+        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel)
 
     def _run_stage(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
@@ -211,6 +231,7 @@ def best_configurations(records: list[TrialRecord], arm: str, count: int) -> lis
     return usable[:count]
 
 
-def _rounds(trials: int) -> Iterator[range]:
+def _round(number: int, trials: int) -> range:
+    """Configurations of one of the rounds; late rounds of a small arm are empty."""
     size = math.ceil(trials / _TPE_ROUNDS)
-    return (range(start, min(start + size, trials)) for start in range(0, trials, size))
+    return range(min(number * size, trials), min((number + 1) * size, trials))

@@ -12,15 +12,16 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from tunebench.engine.board import write_experiment
-from tunebench.engine.task import TrialTask
-from tunebench.study.errors import RunError
+from tunebench.engine.board import TrialBoard, write_experiment
+from tunebench.engine.task import Evaluation, TrialTask
+from tunebench.study.control import Control, Wish
+from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
-from tunebench.study.record import Stage, TrialRecord
+from tunebench.study.record import Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Engine, Resources
-from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -28,6 +29,7 @@ from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
 from tunebench.tuning.shares import Shares, trial_resources
+from tunebench.tuning.tenancy import VISIT
 from tunebench.tuning.trainable import train_trial
 from tunebench.tuning.trial_log import LOGS
 
@@ -59,13 +61,10 @@ def run_stage(
     write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
     rungs = {arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {}
     keys = {record.key.trial_id: record.key for record in records}
-    scheduler = PerArmAsha(rungs, study.tune.asha.reduction_factor if study.tune.asha else 2, keys.__getitem__)
-    scheduler.rebuild(records)
     progress = Progress(options.run, stage, console)
     for record in records:
         progress.planned(record.key, record.reason, record.value)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    recorder = Recorder(journal, scheduler, keys, rungs, retention(study.keep_checkpoints), progress, names)
     storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
@@ -73,29 +72,80 @@ def run_stage(
     tenants = {name: task for name, task in tasks.items() if names[task.workload.name] == Engine.COHORT}
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     pool.plan(tenants, others_wait=bool(alone))
+    # the queue and the scheduler each ask the other while the stage runs
+    orders = _Orders(options.run)
+    queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed)
+    scheduler = PerArmAsha(
+        arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for, orders.wish
+    )
+    recorder = Recorder(
+        journal,
+        scheduler,
+        keys,
+        rungs,
+        retention(study.keep_checkpoints),
+        progress,
+        names,
+        left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
+        stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
+        obey=orders.obey,
+    )
+    trainable = tune.with_resources(
+        tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
+        Shares(trial_resources(study.resources), frozenset(alone)),
+    )
+    tune_config = tune.TuneConfig(
+        scheduler=scheduler,
+        search_alg=queue,
+        reuse_actors=True,
+        trial_name_creator=_trial_id,
+        trial_dirname_creator=_trial_id,
+    )
+    run_config = tune.RunConfig(
+        name=stage.value,
+        storage_path=str(storage),
+        verbose=0,
+        callbacks=[recorder],
+        failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
+    )
+    space = {"trial": tune.grid_search([*tenants, *alone])}
     with progress:
-        tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
-                Shares(trial_resources(study.resources), frozenset(alone)),
-            ),
-            param_space={"trial": tune.grid_search([*tenants, *alone])},
-            tune_config=tune.TuneConfig(
-                scheduler=scheduler,
-                search_alg=TrialQueue(len(tenants), pool, study.resources.concurrent_trials),
-                reuse_actors=True,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name=stage.value,
-                storage_path=str(storage),
-                verbose=0,
-                callbacks=[recorder],
-                failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
-            ),
-        ).fit()
+        tune.Tuner(trainable, param_space=space, tune_config=tune_config, run_config=run_config).fit()
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+class _Orders:
+    """What was asked of the run, as its stage obeys it."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._active = run, 0
+        self.wish = Control(run).wish
+
+    def closed(self) -> bool:
+        """Whether no further trial may begin; Tune asks in a loop of its own where it has none at all.
+
+        Raises:
+            Interrupted: as `obey`.
+        """
+        self.obey(self._active)
+        return self.wish() is not Wish.RESUME
+
+    def obey(self, active: int) -> None:
+        """End the run where that is asked: at once, or with the last of its active trials.
+
+        Raises:
+            Interrupted: it ends; its state is kept.
+        """
+        self._active = active
+        if self.wish() is Wish.CANCEL:
+            raise Interrupted(f"{self._run}: cancelled; `tunebench resume` lets `tunebench run` go on")
+        if self.wish() is Wish.DRAIN and not active:
+            raise Interrupted(f"{self._run}: drained; `tunebench run` goes on")
+
+
+def _close_board(task: TrialTask, last: Evaluation) -> None:
+    """A stopped trial's process may be gone, and cannot tell a stop from a pause; its end is written here."""
+    TrialBoard(task.run, task.key, task.hyperparameters, last.step).close(last, Reason.STOPPED_ASHA)
 
 
 def _trial_id(trial: Any) -> str:

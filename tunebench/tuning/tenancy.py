@@ -6,6 +6,7 @@ The tenant asks the pool for a place, passes the cohort's reports to Tune and Tu
 from __future__ import annotations
 
 import logging
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ log = logging.getLogger(__name__)
 Handle = Any
 """An actor; Ray knows its methods only at run time."""
 
-_STOPPED = "STOPPED_ASHA"
+VISIT = "visit"
+"""Key of a report that names the stay in a slot: a trial that was paused may come back before it is known to have left.
+"""
 
 
 class CohortLost(Exception):
@@ -28,7 +31,7 @@ class CohortLost(Exception):
 
 
 def rent(trial: str, pool: Handle, run: Path) -> None:
-    """Live through one trial; ends early by `SystemExit` where Tune stops it.
+    """Live through one trial; ends early by `SystemExit` where Tune pauses or stops it.
 
     Raises:
         CohortLost: the cohort or its node died, or the trial cannot be trained.
@@ -36,9 +39,10 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
     tenant = ray.get_runtime_context().current_actor
     with log_to(trial_log(run, trial)):
         while True:
-            number, cohort = _call(pool.place.remote(trial, tenant))
+            visit = uuid.uuid4().hex
+            number, cohort = _call(pool.place.remote(trial, tenant, visit))
             try:
-                _stay(trial, cohort)
+                _stay(trial, cohort, visit)
                 return
             except RayActorError:
                 fate = _call(pool.fate.remote(number, trial))
@@ -50,22 +54,18 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
             log.warning("it looks for another place: %s", fate.message)
 
 
-def _stay(trial: str, cohort: Handle) -> None:
+def _stay(trial: str, cohort: Handle, visit: str) -> None:
     """Pass on reports and decisions until the trial has ended; its slot is free after that, whatever happens."""
-    reason = None
     try:
         while True:
             report: dict[str, Any] = _call(cohort.next_report.remote(trial))
-            tune.report(report["evaluation"])
+            tune.report({**report["evaluation"], VISIT: visit})
             if report["evaluation"]["outcome"] is not None:
                 return
             if report["decides"]:
                 cohort.go_on.remote(trial)
-    except SystemExit:
-        reason = _STOPPED
-        raise
     finally:
-        cohort.leave.remote(trial, reason)
+        cohort.leave.remote(trial, visit)
 
 
 def _call(reference: Any) -> Any:

@@ -1,0 +1,145 @@
+"""The driver is killed at random moments of both stages and started again; nothing that counts may tell.
+
+Two kills by default; TUNEBENCH_KILLS=25 makes it 25.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.tuning.conftest import ended, killed, ranking_of, tunebench, write_study
+from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
+from tunebench.study.journal import read_trials
+from tunebench.study.record import CURVES, JOURNAL, Stage
+
+KILLS = int(os.environ.get("TUNEBENCH_KILLS", "2"))
+
+
+def decisions(run: Path) -> dict[str, Any]:
+    """Configuration, seeds, end and decisions of every trial; values are left out."""
+    return {
+        trial.key.trial_id: (
+            trial.reason,
+            trial.params,
+            trial.seeds,
+            trial.sentinel,
+            trial.ledger["steps"],
+            [(d["rung"], d["competitors"], d["goes_on"], d["sentinel"]) for d in trial.decisions],
+        )
+        for trial in read_trials(run)
+    }
+
+
+def order_of_arms(run: Path) -> list[Any]:
+    """What the report concludes: ranks and verdicts, without the numbers."""
+    return [
+        [workload["decision"]["verdict"], [(arm["optimizer"], arm["rank"]) for arm in workload["arms"]]]
+        for workload in ranking_of(run)["workloads"]
+    ]
+
+
+def paid(run: Path) -> dict[str, pd.DataFrame]:
+    """By trial, the part of its curve that nobody may have to pay again: that up to its checkpoint, or to its end."""
+    finished, parts = ended(run), {}
+    for file in (run / CURVES).glob("*.parquet"):
+        curve = pd.read_parquet(file)
+        checkpoint = load_checkpoint(checkpoint_folder(run, file.stem))
+        kept = json.loads(checkpoint["evaluation"])["step"] if checkpoint else 0
+        parts[file.stem] = curve if file.stem in finished else curve[curve.step <= kept]
+    return parts
+
+
+def moments(reference: Path) -> list[int]:
+    """Sizes of the journal at which the driver is killed, ascending, in both stages."""
+    lines = (reference / JOURNAL).read_bytes().splitlines(keepends=True)
+    ends = np.cumsum([len(line) for line in lines])
+    planned = max(i for i, line in enumerate(lines) if f'"{Stage.TUNE}"'.encode() in line and b'"seeds"' in line)
+    confirmed = min(i for i, line in enumerate(lines) if f'"{Stage.CONFIRM}"'.encode() in line)
+    draw = np.random.default_rng(20261122)
+    early, late = (KILLS + 1) // 2, KILLS // 2
+    stages = ((ends[planned], ends[confirmed], early), (ends[confirmed], int(0.95 * ends[-1]), late))
+    return sorted(int(size) for low, high, count in stages for size in draw.integers(low, high, size=count))
+
+
+def kill_once(study: Path, run: Path, size: int, delay_s: float) -> None:
+    """Start the study and kill its driver a moment after the journal has reached a size."""
+    journal = run / JOURNAL
+    began = journal.stat().st_size if journal.exists() else 0
+
+    def now() -> bool:
+        there = journal.exists() and journal.stat().st_size >= max(size, began + 1)
+        if there:
+            time.sleep(delay_s)
+        return there
+
+    assert killed(["run", study, "--run", run], now, signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms of three trials, one of them a sentinel, two at a time: few processes, so that starts are quick."""
+    asha = {"grace_steps": 3, "reduction_factor": 2, "sentinels": 1}
+    return write_study(
+        tmp_path_factory.mktemp("study"),
+        tune={"trials_per_arm": 3, "asha": asha},
+        confirm={"top_k": 1, "seeds": 1},
+        resources={"concurrent_trials": 2, "slots": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(study: Path) -> Path:
+    """The study run without interruption."""
+    tunebench("run", study, "--run", study.parent / "whole")
+    return study.parent / "whole"
+
+
+@pytest.fixture(scope="module")
+def survivor(study: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same study killed again and again, with what it had paid for at each kill."""
+    folder = tmp_path_factory.mktemp("killed")
+    run = folder / "run"
+    draw = np.random.default_rng(1)
+    for number, size in enumerate(moments(whole)):
+        kill_once(study, run, size, float(draw.uniform(0.0, 0.4)))
+        shutil.copytree(run, folder / f"after-{number}", ignore=shutil.ignore_patterns(".tune", "tensorboard", "logs"))
+    tunebench("run", study, "--run", run)
+    return run
+
+
+def test_decisions_and_survivors_are_those_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
+    assert decisions(survivor) == decisions(whole)
+    uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
+    for trial in read_trials(survivor):
+        assert trial.rungs == pytest.approx(uninterrupted[trial.key.trial_id].rungs, rel=1e-3)
+
+
+def test_the_ranking_is_that_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
+    assert order_of_arms(survivor) == order_of_arms(whole)
+    uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
+    for trial in read_trials(survivor):
+        if trial.key.stage is Stage.CONFIRM:
+            assert trial.value == pytest.approx(uninterrupted[trial.key.trial_id].value, rel=1e-3)
+
+
+def test_no_step_up_to_a_checkpoint_is_paid_twice(survivor: Path) -> None:
+    kills = sorted(survivor.parent.glob("after-*"))
+    assert len(kills) == KILLS
+    compared = 0
+    for kill in kills:
+        for trial, before in paid(kill).items():
+            after = pd.read_parquet(survivor / CURVES / f"{trial}.parquet")
+            merged = before.merge(after, how="left", indicator=True)  # wall_s and device_s tell a repeated step
+            assert (merged["_merge"] == "both").all(), f"{trial} after {kill.name}"
+            compared += len(before)
+    assert compared
