@@ -69,7 +69,7 @@ def run_stage(
     join_ray(options.address, study.resources, options.run)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
-    tenants = {name: task for name, task in tasks.items() if names[task.workload.name] == Engine.COHORT}
+    tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     pool.plan(tenants, others_wait=bool(alone))
     # the queue and the scheduler each ask the other while the stage runs
@@ -112,6 +112,12 @@ def run_stage(
     with progress:
         tune.Tuner(trainable, param_space=space, tune_config=tune_config, run_config=run_config).fit()
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
+    """One workload after the other: a device trains one at a time, and trials that wait for another fill no slot."""
+    workloads = list(dict.fromkeys(task.workload.name for task in tasks.values()))
+    return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
 
 
 class _Orders:
