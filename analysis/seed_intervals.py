@@ -2,7 +2,7 @@
 
 A percentile bootstrap of an interquartile mean holds the truth in 75 of 100 studies with 3 seeds and in 91 with 5. The
 studentized interval here holds it in 95 for normal errors and in 96 to 98 for heavier symmetric tails
-(`benchmarks/verdict_calibration.py`).
+(`docs/verdict-calibration.md`).
 """
 
 from __future__ import annotations
