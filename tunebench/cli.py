@@ -412,7 +412,7 @@ def _plan_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _rules_table(rules: list[dict[str, str]]) -> Table:
-    table = Table(title="rules of a fair comparison; the report judges F5, F16 to F19", title_justify="left")
+    table = Table(title="rules of a fair comparison; the report judges F5, F16, F18 and F19", title_justify="left")
     for column in ("rule", "verdict", "why", "mend"):
         table.add_column(column, no_wrap=column in ("rule", "verdict"), overflow="fold")
     for rule in rules:
