@@ -305,6 +305,21 @@ def inspect_command(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs will lie")] = Path("runs"),
+    address: Annotated[str | None, typer.Option(help="Ray cluster to examine, `auto` on one of its nodes")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what would keep a study from running: versions, devices, storage, free space, clocks; exits 1 on any."""
+    from tunebench.tuning.doctor import examine
+
+    found = [finding.to_plain() for finding in examine(folder, address)]
+    _print(found, as_json, _doctor_table)
+    if not all(finding["ok"] for finding in found):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def schema(as_json: Json = True) -> None:
     """Print the JSON-Schema of study files, with or without --json."""
     from tunebench.study.schema import study_schema
@@ -397,7 +412,7 @@ def _plan_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _rules_table(rules: list[dict[str, str]]) -> Table:
-    table = Table(title="rules of a fair comparison; the report judges F5, F16 to F19", title_justify="left")
+    table = Table(title="rules of a fair comparison; the report judges F5, F16, F18 and F19", title_justify="left")
     for column in ("rule", "verdict", "why", "mend"):
         table.add_column(column, no_wrap=column in ("rule", "verdict"), overflow="fold")
     for rule in rules:
@@ -453,6 +468,15 @@ def _replay_view(summary: dict[str, Any]) -> Group:
         counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
         evidence.add_row(row["arm"], *counts, rate)
     return Group(replayed, evidence)
+
+
+def _doctor_table(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="doctor", title_justify="left")
+    for column in ("check", "where", "found", "mend"):
+        table.add_column(column, overflow="fold")
+    for finding in found:
+        table.add_row(finding["check"], finding["where"], finding["found"], finding["mend"] or "well")
+    return table
 
 
 def _calibration_table(summary: dict[str, Any]) -> Table:

@@ -42,7 +42,7 @@ STUDY: dict[str, Any] = {
     "resources": {"cpus_per_trial": os.cpu_count()},  # one cohort: each takes seconds to start
     "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 3, "reduction_factor": 2, "sentinels": 0}},
     "confirm": {"top_k": 1, "seeds": 2},
-    "waive": {"F11": "a test of the machinery"},
+    "waive": {"F11": "a test of the machinery", "F12": "a test of the machinery"},
 }
 TRIALS = 2 * 3 + 2 * 2
 

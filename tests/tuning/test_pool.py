@@ -128,7 +128,7 @@ def test_a_tenant_that_is_killed_frees_its_slot_and_comes_back(start: Callable[.
     assert driver.finish() == 0
     trials = read_trials(driver.run)
     assert {trial.reason for trial in trials} <= GOOD
-    assert all(trial.ledger["attempts"] <= 2 for trial in trials)
+    assert all(trial.ledger["attempts"] <= 3 for trial in trials)  # begun, killed, promoted
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "SIGINT", "SIGTERM"])

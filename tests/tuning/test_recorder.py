@@ -141,6 +141,7 @@ def test_a_trial_that_waits_at_its_rung_stays_open_and_gives_up_its_slot(tmp_pat
     driver.recorder.on_trial_complete(0, [], driver.trial(key(0)))
     assert driver.record(key(0)).reason is Reason.STOPPED_ASHA
     assert driver.record(key(0)).detail == {"rung": 3, "cutoff": 0.25, "value": 0.5, "recorded": 3}
+    driver.recorder.on_trial_complete(0, [], driver.trial(key(0)))
     assert driver.closed == [key(0)]
     assert driver.record(key(0)).ledger["steps"] == 3
 

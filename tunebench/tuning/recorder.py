@@ -55,6 +55,7 @@ class Recorder(Callback):
         self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
         self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
+        self._closed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks, and a resumed run builds its own from the journal."""
@@ -129,8 +130,10 @@ class Recorder(Callback):
         decision = self._scheduler.decision(key.trial_id)
         if decision is None or decision.fate is not Fate.STOP:
             return False
-        self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
-        self._stopped(key, self._last[key.trial_id])
+        if key.trial_id not in self._closed:  # Tune tells of a stop twice: with its report and as a completion
+            self._closed.add(key.trial_id)
+            self._finish(key, Reason.STOPPED_ASHA, _detail(decision))
+            self._stopped(key, self._last[key.trial_id])
         return True
 
     def _finish(self, key: TrialKey, reason: Reason, detail: dict[str, Any]) -> None:

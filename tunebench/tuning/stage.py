@@ -94,23 +94,17 @@ def run_stage(
         tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
-    tune_config = tune.TuneConfig(
-        scheduler=scheduler,
-        search_alg=queue,
-        reuse_actors=True,
-        trial_name_creator=_trial_id,
-        trial_dirname_creator=_trial_id,
-    )
-    run_config = tune.RunConfig(
-        name=stage.value,
-        storage_path=str(storage),
-        verbose=0,
-        callbacks=[recorder],
-        failure_config=tune.FailureConfig(max_failures=study.resources.max_failures),
-    )
-    space = {"trial": tune.grid_search([*tenants, *alone])}
     with progress:
-        tune.Tuner(trainable, param_space=space, tune_config=tune_config, run_config=run_config).fit()
+        _fit(
+            trainable,
+            [*tenants, *alone],
+            queue,
+            scheduler,
+            recorder,
+            stage.value,
+            storage,
+            study.resources.max_failures,
+        )
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
 
 
@@ -118,6 +112,37 @@ def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
     """One workload after the other: a device trains one at a time, and trials that wait for another fill no slot."""
     workloads = list(dict.fromkeys(task.workload.name for task in tasks.values()))
     return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
+
+
+def _fit(
+    trainable: Any,
+    trials: list[str],
+    queue: TrialQueue,
+    scheduler: PerArmAsha,
+    recorder: Recorder,
+    name: str,
+    storage: Path,
+    max_failures: int,
+) -> None:
+    """Hand the trials to Tune and return when all have ended."""
+    tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search(trials)},
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            search_alg=queue,
+            reuse_actors=True,
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            verbose=0,
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+        ),
+    ).fit()
 
 
 class _Orders:

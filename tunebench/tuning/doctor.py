@@ -1,0 +1,155 @@
+"""`tunebench doctor`: what would keep a study from running here or on a cluster, and how to mend it.
+
+Every node writes, reads what the driver wrote, and tells its versions, devices, free space and clock.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunebench.study.environment import environment
+
+_ENOUGH_BYTES = 2 * 2**30
+_LARGEST_SKEW_S = 5.0
+_ANSWER_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        where: this machine, or a node's address.
+        mend: what to do; empty where all is well.
+    """
+
+    check: str
+    where: str
+    found: str
+    mend: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Strings, and whether all is well."""
+        return {**asdict(self), "ok": not self.mend}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReport:
+    """What a node tells of itself.
+
+    Attributes:
+        packages: version by name, None where it is not installed. gpus: names.
+        reads: whether it sees what the driver wrote. storage_error: why it could not write; empty where it could.
+        free_bytes: on the storage. clock_s: its time, seconds since the epoch.
+    """
+
+    packages: dict[str, str | None]
+    gpus: list[str]
+    reads: bool
+    storage_error: str
+    free_bytes: int
+    clock_s: float
+
+
+def node_report(folder: Path, probe: str) -> NodeReport:
+    """Look at the machine this runs on: its software, and the storage at `folder`, where the driver left `probe`."""
+    own, error, reads, free = folder / f".probe-{uuid.uuid4().hex}", "", False, 0
+    try:
+        reads = (folder / probe).is_file()
+        own.write_bytes(b"tunebench")
+        own.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as problem:
+        error = problem.strerror or str(problem)
+    here = environment({})
+    return NodeReport(
+        packages=here["packages"],
+        gpus=here["gpus"],
+        reads=reads,
+        storage_error=error,
+        free_bytes=free,
+        clock_s=time.time(),
+    )
+
+
+def examine(folder: Path, address: str | None) -> list[Finding]:
+    """Look at this machine, and with `address` at every node of that Ray cluster.
+
+    Args:
+        folder: where runs will lie; it is made if it is not there.
+        address: as of `tunebench run`; None looks at this machine alone.
+    """
+    probe = f".probe-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / probe).write_bytes(b"tunebench")
+    except OSError as problem:
+        why = f"{folder}: {problem.strerror}"
+        return [Finding(check="storage", where="this machine", found=why, mend="a folder that can be written")]
+    try:
+        own = node_report(folder, probe)
+        found = list(judge("this machine", own, own, 0.0))
+        if address:
+            for where, report, skew_s in _nodes(folder.resolve(), probe, address):
+                found += judge(where, report, own, skew_s)
+        return found
+    finally:
+        (folder / probe).unlink(missing_ok=True)
+
+
+def judge(where: str, node: NodeReport, driver: NodeReport, skew_s: float) -> Iterable[Finding]:
+    """What is well and what is not with a node.
+
+    Args:
+        where: its name.
+        node: what it tells.
+        driver: what the driver's machine tells, whose versions a node must have.
+        skew_s: its clock less the driver's.
+    """
+    missing = [name for name in ("torch", "nequip", "ray") if not node.packages.get(name)]
+    other = [f"{n} {v}" for n, v in node.packages.items() if v != driver.packages.get(n)]
+    mend = f"install {', '.join(missing)}" if missing else "the versions of the driver's machine" if other else ""
+    versions = ", ".join(other) or ", ".join(f"{name} {node.packages.get(name)}" for name in ("torch", "nequip", "ray"))
+    yield Finding(check="versions", where=where, found=versions, mend=mend)
+    yield Finding(check="devices", where=where, found=", ".join(node.gpus) or "no GPU; trials train on the CPU")
+    if node.storage_error or not node.reads:
+        found = node.storage_error or "does not see what the driver wrote"
+        yield Finding(check="storage", where=where, found=found, mend="a folder that all nodes share and may write")
+    else:
+        yield Finding(check="storage", where=where, found="written, and read from the driver")
+        little = node.free_bytes < _ENOUGH_BYTES
+        room = f"{node.free_bytes / 2**30:.1f} GiB free"
+        mend = f"at least {_ENOUGH_BYTES / 2**30:.0f} GiB" if little else ""
+        yield Finding(check="free space", where=where, found=room, mend=mend)
+    apart = abs(skew_s) > _LARGEST_SKEW_S
+    yield Finding(
+        check="clock", where=where, found=f"{skew_s:+.1f} s", mend="synchronise clocks (NTP)" if apart else ""
+    )
+
+
+def _nodes(folder: Path, probe: str, address: str) -> Iterable[tuple[str, NodeReport, float]]:
+    """Name, report and clock skew of every node of a cluster, asked on the node itself."""
+    from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment
+
+    set_ray_environment(address)
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with leaving_ray():
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        look: Any = ray.remote(node_report)
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            if not node["Alive"]:
+                continue
+            here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            ask = look.options(num_cpus=0, scheduling_strategy=here)
+            ray.get(ask.remote(folder, probe), timeout=_ANSWER_S)  # its process starts, which is not the clock's fault
+            before = time.time()
+            report = ray.get(ask.remote(folder, probe), timeout=_ANSWER_S)
+            yield node["NodeManagerAddress"], report, report.clock_s - (before + time.time()) / 2.0
