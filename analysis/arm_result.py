@@ -121,7 +121,7 @@ def arm_result(run: Run, workload: str, optimizer: str) -> ArmResult:
         validation_objective=mean_validation(best, run.study.objective) if best else None,
         step_time=step_time(run, next(iter(best.trials.values()))) if best else None,
         rule_shares=shares,
-        own_share=shares.get(optimizer, 0.0) if shares else None,
+        own_share=shares.get(run.rule_of(optimizer), 0.0) if shares else None,
         left_no_candidate=hopeless,
         errors=_errors(run, workload, optimizer, best) if best else _no_errors(planned) if hopeless else (),
         search=arm_search(run, workload, optimizer),

@@ -62,8 +62,9 @@ def run_checks(run: Run) -> tuple[Check, ...]:
         ("every trial is there once", _repeated_trials(run)),
         ("curve files belong to trials of the journal", _foreign_curves(run)),
     )
-    checks = [_check(name, Status.FAILED, None, findings) for name, findings in whole]
-    checks.append(_check("steps were timed alone, as the run made them (F9)", Status.WARNING, None, untimed(run)))
+    checks = [checked(name, Status.FAILED, None, findings) for name, findings in whole]
+    checks.append(checked("the study waives no rule of a fair comparison", Status.WARNING, None, _waivers(run)))
+    checks.append(checked("steps were timed alone, as the run made them (F9)", Status.WARNING, None, untimed(run)))
     for workload in run.workloads:
         integrity = (
             ("the objective agrees with the errors it is made of", _objective(run, workload)),
@@ -78,14 +79,19 @@ def run_checks(run: Run) -> tuple[Check, ...]:
             ("arms were given equal tuning budgets (F2)", _unequal_budget(run, workload)),
             ("the best learning rate is inside its range (F5)", _edges(run, workload)),
         )
-        checks += [_check(name, Status.FAILED, workload, findings) for name, findings in integrity]
-        checks += [_check(name, Status.WARNING, workload, findings) for name, findings in protocol]
+        checks += [checked(name, Status.FAILED, workload, findings) for name, findings in integrity]
+        checks += [checked(name, Status.WARNING, workload, findings) for name, findings in protocol]
     return tuple(checks)
 
 
-def _check(name: str, severity: Status, workload: str | None, findings: Iterator[str]) -> Check:
+def checked(name: str, severity: Status, workload: str | None, findings: Iterator[str]) -> Check:
+    """A check with what it found; `severity` is its status where it found anything."""
     lines = tuple(findings)
     return Check(name=name, status=severity if lines else Status.PASSED, workload=workload, findings=lines)
+
+
+def _waivers(run: Run) -> Iterator[str]:
+    return (f"{rule}: {reason}" for rule, reason in sorted(run.study.waive.items()))
 
 
 def _foreign_arms(run: Run) -> Iterator[str]:
@@ -184,12 +190,12 @@ def _other_weights(run: Run, workload: str) -> Iterator[str]:
         shares = rule_shares(trial)
         if trial.reason is Reason.MISMATCHED:
             yield f"{trial.key.trial_id}: {trial.detail.get('message')}"
-        elif shares and shares.get(trial.key.optimizer, 0.0) <= 0.0:
-            yield f"{trial.key.trial_id}: no weight is under {trial.key.optimizer}, found {', '.join(sorted(shares))}"
+        elif shares and shares.get(rule := run.rule_of(trial.key.optimizer), 0.0) <= 0.0:
+            yield f"{trial.key.trial_id}: no weight is under {rule}, found {', '.join(sorted(shares))}"
 
 
 def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
-    shares = {name: arm_ledger(run, workload, name, Stage.TUNE) for name in run.optimizers}
+    shares = {name: arm_ledger(run, workload, name, Stage.TUNE) for name in run.rivals}
     calibrated = [share.calibrated_s for share in shares.values() if share.calibrated_s is not None]
     seconds = {"calibrated device-seconds": calibrated}
     if len(calibrated) < len(shares):

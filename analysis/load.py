@@ -60,6 +60,15 @@ class Run:
         """Names of the optimizers in the order of the study file."""
         return tuple(arm.name for arm in self.study.optimizers)
 
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Optimizers that are ranked: all but arms beside them, untuned ones and audits with a larger budget."""
+        return tuple(arm.name for arm in self.study.optimizers if not arm.untuned and arm.budget == 1)
+
+    def rule_of(self, optimizer: str) -> str:
+        """The update rule of an arm, whose name may be another; a name that is no arm's stands for itself."""
+        return next((arm.rule for arm in self.study.optimizers if arm.name == optimizer), optimizer)
+
     def arm(self, workload: str, optimizer: str, stage: Stage | None = None) -> tuple[TrialRecord, ...]:
         """Trials of an arm in planned order, of one stage or of both."""
         own = self._by_arm.get((workload, optimizer), ())

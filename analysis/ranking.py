@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.arm_result import ArmResult, arm_result
+from analysis.audits import budget_audits
 from analysis.checks import Check, run_checks
 from analysis.comparison import Comparison, Contender
 from analysis.completeness import missing_work
@@ -73,9 +74,10 @@ class Ranking:
 
 def rank(run: Run) -> Ranking:
     """Rank every workload of a run by its confirm stage; selection reads validation, ranking reads test."""
-    checks = run_checks(run)
+    checks = (*run_checks(run), *budget_audits(run))
     workloads = _with_family_p([_rank_workload(run, name, checks) for name in run.workloads])
-    errors = [workload_errors(run, w.workload, w.arms, w.decision) for w in workloads]
+    errors = [workload_errors(run, w.workload, _rivals(run, w.arms), w.decision) for w in workloads]
+    forces = {w.workload: forces_by_seed(_rivals(run, w.arms)) for w in workloads}
     return Ranking(
         schema_version=SCHEMA_VERSION,
         study=run.study.name,
@@ -95,7 +97,7 @@ def rank(run: Run) -> Ranking:
         checks=checks,
         overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
         targets=(targets := target_scores(run)),
-        labels=label_efficiencies(run, {w.workload: forces_by_seed(w.arms) for w in workloads}, targets.baseline),
+        labels=label_efficiencies(run, forces, targets.baseline),
         workloads=workloads,
     )
 
@@ -104,10 +106,11 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
     results = [arm_result(run, workload, optimizer) for optimizer in run.optimizers]
     missing = missing_work(run, workload)
     exploratory = run.study.tune.sampler is Sampler.TPE
-    arms = tuple(results) if exploratory else _ordered(results)
+    rivals = _rivals(run, results)
+    rivals = rivals if exploratory else _ordered(rivals)
     searches = searches_of(run, workload)
     decision, comparisons = decide(
-        [_contender(result, searches.get(result.optimizer)) for result in arms],
+        [_contender(result, searches.get(result.optimizer)) for result in rivals],
         exploratory=exploratory,
         missing=missing,
         failed_checks=[check.name for check in checks if check.forbids_winner(workload)],
@@ -121,9 +124,13 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
         decision=decision,
         comparisons=comparisons,
         family_p=max((1.0 if c.p is None else c.p for c in comparisons), default=None),
-        pareto=_pareto(run, workload, arms),
-        arms=arms,
+        pareto=_pareto(run, workload, rivals),
+        arms=(*rivals, *(result for result in results if result.optimizer not in run.rivals)),
     )
+
+
+def _rivals(run: Run, arms: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
+    return tuple(arm for arm in arms if arm.optimizer in run.rivals)
 
 
 def _with_family_p(workloads: Sequence[WorkloadRanking]) -> tuple[WorkloadRanking, ...]:

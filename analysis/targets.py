@@ -70,11 +70,11 @@ def target_scores(run: Run) -> TargetScores:
 
     Scores need a target on at least one workload; workloads without one are left out of them.
     """
-    baseline = BASELINE if BASELINE in run.optimizers else run.optimizers[0]
+    baseline = BASELINE if BASELINE in run.rivals else (run.rivals or run.optimizers)[0]
     workloads = tuple(_workload_target(run, name, baseline) for name in run.workloads)
     usable = [workload for workload in workloads if workload.target is not None]
-    steps = {name: np.array([w.reached[name].steps for w in usable], dtype=np.float64) for name in run.optimizers}
-    seconds = {name: np.array([w.reached[name].device_s for w in usable], dtype=np.float64) for name in run.optimizers}
+    steps = {name: np.array([w.reached[name].steps for w in usable], dtype=np.float64) for name in run.rivals}
+    seconds = {name: np.array([w.reached[name].device_s for w in usable], dtype=np.float64) for name in run.rivals}
     return TargetScores(
         baseline=baseline,
         workloads=workloads,
@@ -98,7 +98,7 @@ def _axis_scores(times: Mapping[str, Floats], baseline: str) -> AxisScores | Non
 
 
 def _workload_target(run: Run, workload: str, baseline: str) -> WorkloadTarget:
-    curves = {name: _curves(run, workload, name) for name in run.optimizers}
+    curves = {name: _curves(run, workload, name) for name in run.rivals}
     ends = [_end(trial, curve) for trial, curve in curves[baseline]]
     target = median(np.array(ends, dtype=np.float64)) if ends else math.inf
     return WorkloadTarget(

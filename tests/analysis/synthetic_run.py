@@ -41,6 +41,8 @@ class Plan:
         hopeless: optimizers whose tune trials all diverge, so that nothing of them is confirmed.
         crash: reason of the seeds that are ``inf``.
         force_fractions: share of frames with force labels by workload, where it is not 1.
+        settings: what the study says of an arm beside its name.
+        waive: reasons by rule.
     """
 
     arms: Mapping[str, Sequence[float]]
@@ -53,6 +55,8 @@ class Plan:
     crash: Reason = Reason.DIVERGED
     description: str = "Synthetic."
     force_fractions: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    waive: Mapping[str, str] = field(default_factory=dict)
 
 
 def study_text(plan: Plan) -> str:
@@ -75,7 +79,8 @@ def study_text(plan: Plan) -> str:
                 }
                 for name in plan.workloads
             ],
-            "optimizers": list(plan.arms),
+            "optimizers": [{"name": name, **plan.settings.get(name, {})} for name in plan.arms],
+            "waive": dict(plan.waive),
             "objective": {"readout": plan.readout},
             "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler},
             "confirm": {"top_k": plan.top_k, "seeds": seeds},
@@ -108,7 +113,7 @@ class _Writer:
         self.journal.add_arm(f"{workload}/{optimizer}", {})
         finite = [value for value in self.plan.arms[optimizer] if math.isfinite(value)]
         level = float(np.mean(finite)) if finite else 0.1
-        for config in range(self.plan.trials_per_arm):
+        for config in range(self.plan.trials_per_arm * self.plan.settings.get(optimizer, {}).get("budget", 1)):
             self._tune(
                 TrialKey(workload=workload, optimizer=optimizer, stage=Stage.TUNE, config_index=config, seed_index=0),
                 level,
@@ -146,7 +151,7 @@ class _Writer:
 
     def _plan(self, key: TrialKey) -> None:
         space = self.resolved.spaces[key.optimizer]
-        unit = 0.25 + 0.5 * key.config_index / max(1, self.plan.trials_per_arm - 1)
+        unit = 0.25 + 0.5 * min(key.config_index / max(1, self.plan.trials_per_arm - 1), 1.0)
         self.journal.plan(
             key,
             {name: parameter.value_at(unit) for name, parameter in space.parameters.items()},
@@ -156,7 +161,8 @@ class _Writer:
         )
 
     def _groups(self, key: TrialKey) -> list[dict[str, Any]]:
-        shares = _GROUPS.get(key.optimizer, {key.optimizer: 1.0})
+        rule = self.plan.settings.get(key.optimizer, {}).get("optimizer", key.optimizer)
+        shares = _GROUPS.get(rule, {rule: 1.0})
         return [
             {"rule": rule, "tensors": 4, "parameters": int(9000 * share), "share": share}
             for rule, share in shares.items()

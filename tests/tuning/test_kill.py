@@ -93,7 +93,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("study"),
         tune={"trials_per_arm": 3, "asha": asha},
         confirm={"top_k": 1, "seeds": 1},
-        resources={"concurrent_trials": 2, "slots": 2},
+        resources={"concurrent_trials": 2, "slots": 2, "cpus_per_trial": os.cpu_count()},
     )
 
 
