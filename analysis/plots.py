@@ -213,8 +213,9 @@ def _sensitivity_panel(
     valued, finished = np.isfinite(values), np.array([trial.reason is Reason.FINISHED for trial in trials])
     for some, face in ((valued & ~finished, "white"), (valued & finished, shade)):
         axes.plot(rates[some], values[some], shape, color=shade, markerfacecolor=face, markersize=4.5)
-    top = np.full(int((~valued).sum()), limits[1], dtype=np.float64)
-    axes.plot(rates[~valued], top, "x", color=shade, markersize=5, clip_on=False, zorder=3)
+    if not valued.all():  # an empty line that is not clipped has no extent, and the layout gives up
+        top = np.full(int((~valued).sum()), limits[1], dtype=np.float64)
+        axes.plot(rates[~valued], top, "x", color=shade, markersize=5, clip_on=False, zorder=3)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(LogLocator(numticks=4))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+from analysis import plots
 from analysis.__main__ import BAD_INPUT, CHECK_FAILED, DONE, main
 from analysis.report import ReportResult, write_report
 from tests.analysis.synthetic_run import Plan, write_run
@@ -167,3 +169,12 @@ def test_analysis_imports_neither_ray_nor_torch(run: Path, tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == DONE, done.stderr
     assert done.stderr.strip() == "[]"
+
+
+def test_every_figure_finds_its_layout_also_without_a_failed_trial(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "ended_value", lambda trial: trial.value or 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([str(run), "--out", str(tmp_path / "report")]) == DONE
