@@ -8,6 +8,13 @@ from tunebench.optim.eigenbasis import eigenbasis, orthonormalise, power_iterati
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
+@pytest.fixture(autouse=True, params=["LAPACK", "products"])
+def orthonormalised_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the way of the CPU and for that of a GPU."""
+    if request.param == "products":
+        monkeypatch.setattr("tunebench.optim.eigenbasis._LAPACK_ON", set())
+
+
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -46,6 +46,13 @@ FLAT_BLOCKS = [
 ]
 
 
+@pytest.fixture(autouse=True, params=["LAPACK", "products"])
+def orthonormalised_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the way of the CPU and for that of a GPU."""
+    if request.param == "products":
+        monkeypatch.setattr("tunebench.optim.eigenbasis._LAPACK_ON", set())
+
+
 class DoubleSoap(pytorch_optimizer.SOAP):
     """The library's SOAP, entirely in the weights' precision and with a definite basis of the first null space."""
 
