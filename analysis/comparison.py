@@ -102,7 +102,7 @@ def compare(first: Contender, second: Contender, seed: int) -> Comparison:
     variance = _search_variance(first, second, common) if known else None
     claim = _with_search(own, variance)
     safe = estimate(bounded_differences(ours, theirs)) if known else None
-    rope = _pooled_deviation(ours, theirs)
+    rope = pooled_deviation(ours, theirs)
     redrawn, unconfirmed = _redrawn(first, second, common, seed) if known else (None, None)
     centre = float(iqm(differences)) if common else 0.0
     deviation = float(differences.std(ddof=1)) if known and np.isfinite(differences).all() else float("inf")
@@ -157,10 +157,10 @@ def _p(of: Estimate | None, differences: Floats, safe: Estimate | None) -> float
     return float(p_value(safe if np.isinf(of.error) and one_sided else of))
 
 
-def _pooled_deviation(first: Floats, second: Floats) -> float | None:
-    """Seed standard deviation over the finite seeds of two arms; ``None`` where one has fewer than three."""
+def pooled_deviation(first: Floats, second: Floats, fewest: int = MINIMUM_RUNS) -> float | None:
+    """Seed standard deviation over the finite seeds of two arms; ``None`` where one has fewer than `fewest`."""
     finite = [values[np.isfinite(values)] for values in (first, second)]
-    if min(map(len, finite)) < MINIMUM_RUNS:
+    if min(map(len, finite)) < fewest:
         return None
     return float(np.sqrt(np.mean([values.var(ddof=1) for values in finite])))
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy import stats
-
-from analysis.statistics import CONFIDENCE
+from tunebench.study.false_stops import clopper_pearson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,5 @@ def failure_rate(failed: int, ended: int) -> FailureRate:
         raise ValueError(f"failure rate: found {failed} of {ended}, allowed: between 0 and all of them")
     if ended == 0:
         return FailureRate(failed=0, ended=0, share=None, low=None, high=None)
-    tail = 0.5 - 0.5 * CONFIDENCE
-    low = float(stats.beta.ppf(tail, failed, ended - failed + 1)) if failed else 0.0
-    high = float(stats.beta.ppf(1.0 - tail, failed + 1, ended - failed)) if failed < ended else 1.0
+    low, high = clopper_pearson(failed, ended)
     return FailureRate(failed=failed, ended=ended, share=failed / ended, low=low, high=high)

@@ -7,29 +7,14 @@ from collections.abc import Callable
 
 from scipy import stats
 
-from analysis.statistics import CONFIDENCE
+from tunebench.study.power import POWER, paired_power
 
-POWER = 0.8
-"""Probability with which the wanted number of seeds or workloads shows a difference as large as the one observed."""
 MOST = 1000
 """Numbers above this one are no advice and are not given."""
 EQUIVALENCE_TAIL = 0.95
 """Two one-sided tests at 5 % each: a 90 % interval inside the margins."""
 WILCOXON_EFFICIENCY = 3.0 / math.pi
 """Asymptotic efficiency of Wilcoxon's test against Student's for normal differences (Hodges and Lehmann 1956)."""
-
-
-def paired_power(difference: float, deviation: float, seeds: int, confidence: float = CONFIDENCE) -> float:
-    """Probability that a paired t interval over seeds leaves out 0 on the right side: the theoretical limit.
-
-    Args:
-        difference: true mean difference.
-        deviation: standard deviation of the paired differences, the same unit, above 0.
-        seeds: number of pairs, two or more.
-        confidence: of the interval.
-    """
-    critical = stats.t.ppf(0.5 + 0.5 * confidence, seeds - 1)
-    return float(stats.nct.sf(critical, seeds - 1, abs(difference) / deviation * math.sqrt(seeds)))
 
 
 def seeds_to_resolve(difference: float, deviation: float, power: float = POWER) -> int | None:

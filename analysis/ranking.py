@@ -74,7 +74,7 @@ class Ranking:
 
 def rank(run: Run) -> Ranking:
     """Rank every workload of a run by its confirm stage; selection reads validation, ranking reads test."""
-    checks = (*run_checks(run), *budget_audits(run))
+    checks = run_checks(run)
     workloads = _with_family_p([_rank_workload(run, name, checks) for name in run.workloads])
     errors = [workload_errors(run, w.workload, _rivals(run, w.arms), w.decision) for w in workloads]
     forces = {w.workload: forces_by_seed(_rivals(run, w.arms)) for w in workloads}
@@ -94,7 +94,7 @@ def rank(run: Run) -> Ranking:
             "redrawn": "95 % percentile interval of 10000 seeded draws of configurations and seeds, alike in both arms",
             "failed_seed": "inf, never dropped",
         },
-        checks=checks,
+        checks=(*checks, *budget_audits(run, {w.workload: w.arms for w in workloads})),
         overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
         targets=(targets := target_scores(run)),
         labels=label_efficiencies(run, forces, targets.baseline),

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import json
 import math
 import multiprocessing
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 import yaml
 
+from tunebench.engine.graphs import release_memory
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
 from tunebench.optim.matrix_view import FctpView
@@ -210,9 +210,7 @@ def train(job: Job, setup: Setup) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(job, setup, Path(folder))
         last = run_trial(task, lambda evaluation: None)
-    gc.collect()  # captured graphs keep device memory that the other processes need
-    if setup.device == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(torch.device(setup.device))  # captured graphs keep some that the other processes need
     if last.outcome not in (Reason.FINISHED, Reason.DIVERGED):
         raise RuntimeError(f"{job}: found {last.outcome} ({last.message}), allowed: FINISHED or DIVERGED")
     return _result(job, setup, task, last, time.perf_counter() - began)

@@ -26,11 +26,11 @@ from scipy.stats import qmc
 
 from analysis.comparison import EQUIVALENCE
 from analysis.overall import WorkloadErrors, decide_overall
-from analysis.power import paired_power
 from analysis.reselection import SEARCH_DEGREES, joint_places, luck_of_search
 from analysis.seed_intervals import bounded_differences, bounds, ends, estimate, widened
 from analysis.statistics import Floats, Indices, iqm, paired_differences
 from analysis.verdict import MINIMUM_SEEDS, Decision, Verdict
+from tunebench.study.power import paired_power
 
 CONFIGURATIONS, DIMENSIONS, TOP_K = 16, 3, 3
 LEVEL_ERROR = 20.0

@@ -21,6 +21,7 @@ from rich.table import Table
 from tunebench import __version__
 from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.record import Stage
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document on s
 _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
 _LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
-STAGES = ("tune", "confirm")
+ASSUMED_SEED_SD = 0.05
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -81,7 +82,7 @@ def plan(
     measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
     seed_sd: Annotated[
         float, typer.Option("--seed-sd", min=0.0, help="assumed seed-to-seed deviation of an error, as a share of it")
-    ] = 0.05,
+    ] = ASSUMED_SEED_SD,
     as_json: Json = False,
 ) -> None:
     """Judge a study by the rules of a fair comparison and show what it will do. Makes its data, trains nothing.
@@ -398,7 +399,7 @@ def _plan_view(summary: dict[str, Any]) -> Group:
 def _plan_lines(summary: dict[str, Any]) -> list[str]:
     lines = [f"disk: up to {summary['disk_bytes'] / 2**20:.0f} MiB of checkpoints at once"]
     if summary["expected_device_s"] is not None:
-        stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in STAGES)
+        stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in Stage)
         lines.append(f"device-hours of training: {', '.join(stages)}; evaluation comes on top")
     power = summary["resolvable"]
     if power["seed_sds"] is None:

@@ -9,8 +9,9 @@ from scipy.stats import binomtest
 
 from analysis.failure_rates import failure_rate
 from analysis.importance import Method, available_methods, importance
-from analysis.power import paired_power, seeds_to_equivalence, seeds_to_resolve, workloads_to_resolve
+from analysis.power import seeds_to_equivalence, seeds_to_resolve, workloads_to_resolve
 from analysis.sensitivity import learning_rate_width, tunability
+from tunebench.study.power import paired_power
 
 INF = math.inf
 

@@ -64,7 +64,7 @@ class TrialBook:
             save: makes the engine's part of the checkpoint; called once `last` is this evaluation.
         """
         self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate)
-        self.write(None if self.last.outcome is Reason.DIVERGED else save())
+        self.write(save() if self.last.is_sound else None)
         return self.last
 
     def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:

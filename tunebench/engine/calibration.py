@@ -14,6 +14,7 @@ from nequip.data import AtomicDataDict
 from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.batches import on_device, task_frames
+from tunebench.engine.graphs import synchronize
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import training_module
@@ -109,8 +110,7 @@ class LightningSteps:
             if batch is None:
                 raise ValueError(f"run: found {steps} steps, allowed: {done}, which are left to the horizon")
             self._step(batch)
-        if self._task.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(self._task.device))
 
     def _step(self, indices: list[int]) -> None:
         batch = on_device(AtomicDataDict.batched_from_list(self._frames.__getitems__(indices)), self._task.device)

@@ -8,7 +8,6 @@ as it is, whatever is computed for it.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from nequip.utils.global_state import set_global_state
 from numpy.typing import NDArray
 from torch.func import vmap
 
-from tunebench.engine.graphs import Replayed, synchronize
+from tunebench.engine.graphs import Replayed, release_memory, synchronize
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits
 from tunebench.engine.slot_evaluation import SlotEvaluation
@@ -259,9 +258,7 @@ class Cohort:
         self._places = {}
         self.slots //= 2
         del self._rows, self._groups, self._gradient_programs, self._finish
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
         self._clear()
         for parked in kept[: self.slots]:
             self._unpark(parked)
@@ -423,7 +420,7 @@ class Cohort:
                 train_loss=self._rows.take_mean_loss(place.slot),
                 learning_rate=tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step),
             )
-            saved = None if last.outcome is Reason.DIVERGED else tenant.saved(self.state(tenant.name))
+            saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None
             writes.append(self._writers.submit(tenant.book.write, saved))
         wait(writes)
         for write in writes:

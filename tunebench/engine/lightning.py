@@ -22,6 +22,7 @@ from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import FINAL
 from tunebench.engine.errors import split_errors
+from tunebench.engine.graphs import synchronize
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import info_dict, training_module
@@ -216,8 +217,7 @@ class _Trial(lightning.Callback):
             self.training_since = None
 
     def _now(self) -> float:
-        if self.task.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(self.task.device))
         return time.perf_counter()
 
 

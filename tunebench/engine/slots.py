@@ -7,7 +7,6 @@ knee, needs no compiler and takes more memory, so what fits it fits the other.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tunebench.engine.cohort import Cohort
+from tunebench.engine.graphs import release_memory
 from tunebench.engine.task import TrialTask
 
 _log = logging.getLogger(__name__)
@@ -99,9 +99,7 @@ def measure_slots(
     for name in cohort.trials:
         cohort.leave(name)
     del cohort
-    gc.collect()
-    if task.device == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(torch.device(task.device))
     return measured
 
 

@@ -103,6 +103,11 @@ class Evaluation:
     message: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether a trial could go on from here."""
+        return self.outcome is not Reason.DIVERGED
+
     @classmethod
     def without_steps(cls, *, attempts: int, outcome: Reason | None = None, message: str = "") -> Evaluation:
         """What is known of a trial before its first step; as an objective it has the worst, ``inf``."""

@@ -6,10 +6,22 @@ import math
 
 from scipy import optimize, stats
 
-ASSUMED_SEED_SD = 0.05
-"""Seed-to-seed standard deviation of an arm's error as a share of the error, where the study has measured none."""
 POWER = 0.8
+"""Probability with which a planned or wanted number of seeds shows a difference."""
 LEVEL = 0.05
+
+
+def paired_power(difference: float, deviation: float, seeds: int, level: float = LEVEL) -> float:
+    """Probability that a paired t interval over seeds leaves out 0 on the right side: the theoretical limit.
+
+    Args:
+        difference: true mean difference.
+        deviation: standard deviation of the paired differences, the same unit, above 0.
+        seeds: number of pairs, two or more.
+        level: probability that the interval leaves out a difference of 0.
+    """
+    critical = stats.t.ppf(1.0 - 0.5 * level, seeds - 1)
+    return float(stats.nct.sf(critical, seeds - 1, abs(difference) / deviation * math.sqrt(seeds)))
 
 
 def smallest_difference(seeds: int, power: float = POWER, level: float = LEVEL) -> float:
@@ -25,10 +37,9 @@ def smallest_difference(seeds: int, power: float = POWER, level: float = LEVEL) 
     """
     if seeds < 2:
         return math.inf
-    critical = stats.t.ppf(1.0 - level / 2.0, seeds - 1)
 
     def excess(shift: float) -> float:
-        return float(stats.nct.sf(critical, seeds - 1, shift) - power)  # the other tail adds less than 1e-6
+        return paired_power(shift, math.sqrt(seeds), seeds, level) - power  # the other tail adds less than 1e-6
 
     shift = optimize.brentq(excess, 0.0, 40.0)  # two seeds need 16, and scipy's tails are exact this far
     return float(shift * math.sqrt(2.0 / seeds))

@@ -65,7 +65,6 @@ def run_stage(
     for record in records:
         progress.planned(record.key, record.reason, record.value)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    storage = options.run.resolve() / _TUNE
     join_ray(options.address, study.resources, options.run)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
@@ -95,17 +94,7 @@ def run_stage(
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
-        _fit(
-            trainable,
-            [*tenants, *alone],
-            queue,
-            scheduler,
-            recorder,
-            stage.value,
-            storage,
-            study.resources.max_failures,
-        )
-    shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+        _fit(trainable, [*tenants, *alone], queue, scheduler, recorder, options.run, stage, study.resources)
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
@@ -120,11 +109,12 @@ def _fit(
     queue: TrialQueue,
     scheduler: PerArmAsha,
     recorder: Recorder,
-    name: str,
-    storage: Path,
-    max_failures: int,
+    run: Path,
+    stage: Stage,
+    resources: Resources,
 ) -> None:
-    """Hand the trials to Tune and return when all have ended."""
+    """Hand the trials to Tune and return when all have ended; of Tune's own folder nothing is left then."""
+    storage = run.resolve() / _TUNE
     tune.Tuner(
         trainable,
         param_space={"trial": tune.grid_search(trials)},
@@ -136,13 +126,14 @@ def _fit(
             trial_dirname_creator=_trial_id,
         ),
         run_config=tune.RunConfig(
-            name=name,
+            name=stage.value,
             storage_path=str(storage),
             verbose=0,
             callbacks=[recorder],
-            failure_config=tune.FailureConfig(max_failures=max_failures),
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
         ),
     ).fit()
+    shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
 
 
 class _Orders:
