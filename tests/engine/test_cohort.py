@@ -101,6 +101,7 @@ class CrystalTrials:
             evaluation_steps=tuple(evaluation_steps),
             run=self.runs / f"run-{next(self._made)}",
             treats=space.treats,
+            written_every_s=0.0,
         )
 
     def cohort(self, slots: int, like: TrialTask | None = None) -> Cohort:

@@ -18,7 +18,9 @@ from tunebench.study.record import Metric, Readout, Reason, Split
 
 
 class TrialBook:
-    """Writes down one trial. Nothing is reported that was not written before.
+    """Writes down one trial: what is decided on is written before it is reported, the rest every so many seconds.
+
+    A trial that is killed loses at most what came after its last writing, which was at its last rung or later.
 
     Attributes:
         task: the trial.
@@ -40,6 +42,8 @@ class TrialBook:
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
+        self._unwritten: list[Evaluation] = []
+        self._written_at = -math.inf
 
     def take_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, once; None for a trial that starts."""
@@ -54,18 +58,26 @@ class TrialBook:
     def evaluated(
         self, step: int, errors: Errors, *, train_loss: float, learning_rate: float, save: Callable[[], dict[str, Any]]
     ) -> Evaluation:
-        """Write an evaluation, decide whether the trial has ended, and keep a checkpoint unless it diverged.
+        """Decide whether the trial has ended; where it is due write, and keep a checkpoint unless it diverged.
 
         Args:
             step: finished steps.
             errors: measured errors; the objective is added to those on the validation split.
             train_loss: mean training loss since the last evaluation.
             learning_rate: of the next step.
-            save: makes the engine's part of the checkpoint; called once `last` is this evaluation.
+            save: makes the engine's part of the checkpoint; called, if at all, once `last` is this evaluation.
         """
         self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate)
-        self.write(save() if self.last.is_sound else None)
+        if self.is_due:
+            self.write(save() if self.last.is_sound else None)
         return self.last
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last evaluation must be written now."""
+        last, task = self.last, self.task
+        since = time.monotonic() - self._written_at
+        return last.outcome is not None or last.step in task.rungs or since >= task.written_every_s
 
     def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:
         """Decide whether the trial has ended, and write nothing yet; arguments as for `evaluated`."""
@@ -86,19 +98,23 @@ class TrialBook:
         )
         outcome, message = self._outcome(evaluation)
         self.last = replace(evaluation, outcome=outcome, message=message)
+        self._rows += curve_rows(self.task.key.trial_id, self.last)
+        self._unwritten.append(self.last)
         return self.last
 
     def write(self, saved: Mapping[str, Any] | None) -> None:
-        """Write the last evaluation: curve, events, and a checkpoint where the engine's part of one is given.
+        """Write curve and events up to the last evaluation, and a checkpoint where the engine's part of one is given.
 
         Books of different trials may write at the same time in different threads.
         """
-        self._rows += curve_rows(self.task.key.trial_id, self.last)
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
-        self._board.add(self.last)
+        for evaluation in self._unwritten:
+            self._board.add(evaluation)
+        self._unwritten = []
         if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
+        self._written_at = time.monotonic()
 
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
         """The report of an end between two evaluations."""
@@ -117,7 +133,9 @@ class TrialBook:
         return self.last
 
     def close(self, reason: Reason | None) -> None:
-        """Close the trial's event file; without a reason the trial has not ended and may go on elsewhere."""
+        """Write what is left and close the event file; without a reason the trial may go on elsewhere."""
+        if self._unwritten:
+            self.write(None)
         if reason is None:
             self._board.suspend()
         else:

@@ -410,16 +410,15 @@ class Cohort:
         return reports
 
     def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:
-        """Judge evaluations and write them, several files at once: each waits for the disk."""
+        """Judge evaluations and write those that must be, several files at once: each waits for the disk."""
         writes = []
-        for place, found in zip(due, errors, strict=True):
+        losses = self._rows.take_mean_losses([place.slot for place in due])
+        for place, found, loss in zip(due, errors, losses, strict=True):
             tenant = place.tenant
-            last = tenant.book.judged(
-                place.step,
-                found,
-                train_loss=self._rows.take_mean_loss(place.slot),
-                learning_rate=tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step),
-            )
+            rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
+            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate)
+            if not tenant.book.is_due:
+                continue
             saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None
             writes.append(self._writers.submit(tenant.book.write, saved))
         wait(writes)

@@ -40,6 +40,8 @@ class TrialTask:
         device: ``cpu`` or ``cuda``.
         rule: name of the update rule; left out, that of the key, which may be another name for the same optimizer.
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
+        written_every_s: seconds between two writings of its files; the first evaluation, a rung and the end are always
+            written.
     """
 
     key: TrialKey
@@ -58,6 +60,7 @@ class TrialTask:
     rule: str = ""
     treats: Treats = Treats.ALL
     rungs: tuple[int, ...] = ()
+    written_every_s: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse a trial that would not be measured at its horizon."""
