@@ -437,12 +437,18 @@ def _plan_table(summary: dict[str, Any]) -> Table:
             str(arm["trials"]),
             str(arm["confirm_trials"]),
             str(arm["horizon_steps"]),
-            " ".join(map(str, arm["rungs"])),
+            _rungs(arm),
             " ".join(map(str, arm["expected_survivors"])),
             "" if arm["step_s"] is None else f"{1e3 * arm['step_s']:.1f}",
             "" if arm["expected_device_s"] is None else f"{arm['expected_device_s']:.0f}",
         )
     return table
+
+
+def _rungs(arm: dict[str, Any]) -> str:
+    """Steps of the rungs, and whether each ends a schedule of its own."""
+    steps = " ".join(map(str, arm["rungs"]))
+    return f"{steps} (rescale)" if arm["fidelity"] == "rescale" else steps
 
 
 def _replay_view(summary: dict[str, Any]) -> Group:
@@ -455,8 +461,7 @@ def _replay_view(summary: dict[str, Any]) -> Group:
         lost = f"{100 * row['best_lost']:.1f} ({100 * row['best_lost_low']:.0f} to {100 * row['best_lost_high']:.0f})"
         cells = (lost, f"{row['best_objective']:.4g}", f"{row['best_left_objective']:.4g}")
         saved = f"{100 * row['steps_saved']:.0f}"
-        rungs = " ".join(map(str, row["rungs"]))
-        replayed.add_row(row["arm"], str(row["trials"]), rungs, *cells, str(row["different_outcomes"]), saved)
+        replayed.add_row(row["arm"], str(row["trials"]), _rungs(row), *cells, str(row["different_outcomes"]), saved)
     evidence = Table(title="sentinels: what the run's own rungs would have stopped", title_justify="left")
     for column in ("arm", "sentinels", "would stop", "wrongly", "false stops [%]"):
         evidence.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")

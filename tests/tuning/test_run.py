@@ -12,7 +12,16 @@ import torch
 
 from tests.tuning.conftest import TRIALS, ended, killed, python_path, ranking_of, tunebench, write_study
 from tunebench.study.journal import read_trials
-from tunebench.study.record import CHECKPOINTS, CURVES, Reason, Stage
+from tunebench.study.record import CHECKPOINTS, CURVES, SHORTER_CURVES, Reason, Stage, TrialRecord
+
+
+RUNGS = (3, 6)
+
+
+def trained_before(run: Path, trial: TrialRecord) -> dict[int, pd.DataFrame]:
+    """Curves of a trial at the horizons before its last one, by horizon."""
+    files = {step: run / SHORTER_CURVES / f"{trial.key.trial_id}.h{step}.parquet" for step in RUNGS}
+    return {step: pd.read_parquet(file) for step, file in files.items() if file.exists()}
 
 
 def test_a_study_runs_from_its_file_to_a_report(finished_run: Path):
@@ -29,15 +38,26 @@ def test_a_study_runs_from_its_file_to_a_report(finished_run: Path):
 def test_every_trial_has_a_curve_that_agrees_with_its_journal_entry(finished_run: Path):
     for trial in read_trials(finished_run):
         curve = pd.read_parquet(finished_run / CURVES / f"{trial.key.trial_id}.parquet")
-        assert curve.step.max() == trial.ledger["steps"]
+        assert trial.ledger["steps"] == sum([*trained_before(finished_run, trial), curve.step.max()])
         last = curve[(curve.step == curve.step.max()) & (curve.split == "val")]
         measured = {(row.readout, row.metric): row.value for row in last.itertuples() if row.metric == "forces_mae"}
         assert measured == {
             (readout, "forces_mae"): metrics["forces_mae"] for readout, metrics in trial.result["val"].items()
         }
+        stopped = trial.reason is Reason.STOPPED_ASHA
         for step, objective in trial.rungs.items():
-            at_rung = curve[(curve.step == step) & (curve.metric == "objective")]
-            assert at_rung.value.min() == objective
+            ended = curve if stopped and step == curve.step.max() else trained_before(finished_run, trial)[step]
+            assert ended[(ended.step == step) & (ended.metric == "objective")].value.min() == objective
+
+
+def test_promoted_trials_have_trained_through_a_complete_schedule_at_every_rung(finished_run: Path):
+    reached = [trial for trial in read_trials(finished_run) if trial.key.stage is Stage.TUNE and trial.value]
+    assert any(len(trial.rungs) == len(RUNGS) and trial.reason is Reason.FINISHED for trial in reached)
+    for trial in reached:
+        for step, curve in trained_before(finished_run, trial).items():
+            rates = curve[curve.metric == "learning_rate"].set_index("step").value
+            assert rates.index.max() == step
+            assert rates[step] == 0.0, "where its decay ends"
 
 
 def test_the_ranking_agrees_with_the_journal_trial_by_trial(finished_run: Path):
@@ -70,7 +90,8 @@ def test_asha_stops_inside_each_arm_and_keeps_its_reasons(finished_run: Path):
     assert stopped, "three trials per arm and a factor of two leave at least one behind"
     for trial in stopped:
         assert trial.detail["value"] > trial.detail["cutoff"]
-        assert trial.detail["rung"] == trial.ledger["steps"]
+        assert trial.detail["rung"] == max(trial.rungs)
+        assert trial.ledger["steps"] == sum(trial.rungs)
         assert trial.state == "PRUNED"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, save_checkpoint
-from tunebench.engine.curves import curve_rows, write_curve
+from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
 from tunebench.engine.task import Errors, Evaluation, TrialTask
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
@@ -21,7 +21,7 @@ class TrialBook:
     """Writes down one trial. Nothing is reported that was not written before.
 
     Attributes:
-        task: the trial.
+        task: the trial, at the horizon of its checkpoint where that is not behind it.
         folder: where its checkpoints are.
         last: the last evaluation, step 0 before the first.
         device_s: seconds of training steps, earlier attempts included.
@@ -29,10 +29,13 @@ class TrialBook:
     """
 
     def __init__(self, task: TrialTask) -> None:
-        self.task = task
         self.folder = checkpoint_folder(task.run, task.key.trial_id)
-        self._checkpoint = load_checkpoint(self.folder)
-        self.last = _evaluation_before(self._checkpoint)
+        found = load_checkpoint(self.folder)
+        kept = task.at(found["horizon"]) if found else None
+        self.task, self._checkpoint = (kept, found) if kept else (task, None)
+        if found and not kept:
+            set_aside_curve(task.run, task.key.trial_id, found["horizon"])
+        self.last = _evaluation_before(found, begins=kept is None)
         self.device_s = self.last.device_s
         self.groups: list[dict[str, Any]] = []
         self._began = time.perf_counter()
@@ -47,8 +50,13 @@ class TrialBook:
         return found
 
     @property
+    def horizon_is_over(self) -> bool:
+        """Whether the trial has come to the end of a horizon that is not its last."""
+        return self.last.step == self.task.horizon and self.task.lengthened is not None
+
+    @property
     def wall_s(self) -> float:
-        """Seconds since the trial began; earlier attempts count up to their last checkpoint."""
+        """Seconds since the trial began at its horizon; earlier attempts count up to their last checkpoint."""
         return self._earlier_wall_s + time.perf_counter() - self._began
 
     def evaluated(
@@ -82,6 +90,8 @@ class TrialBook:
             train_loss=train_loss,
             learning_rate=learning_rate,
             attempts=self._attempts,
+            at_rung=step in self.task.rungs,
+            earlier=self.last.earlier,
             groups=self.groups,
         )
         outcome, message = self._outcome(evaluation)
@@ -97,7 +107,7 @@ class TrialBook:
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
         self._board.add(self.last)
         if saved is not None:
-            own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
+            own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows, "horizon": self.task.horizon}
             save_checkpoint(self.folder, own | dict(saved))
 
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
@@ -107,6 +117,7 @@ class TrialBook:
             step=step,
             objective=math.inf,
             errors={},
+            at_rung=False,
             wall_s=self.wall_s,
             device_s=self.device_s,
             attempts=self._attempts,
@@ -129,14 +140,17 @@ class TrialBook:
             return Reason.DIVERGED, f"validation error {raw} at step {evaluation.step}"
         if evaluation.step == self.task.workload.max_steps:
             return Reason.FINISHED, ""
-        limit = self.task.time_limit_s
-        if limit is not None and evaluation.wall_s > limit:
-            return Reason.TIMED_OUT, f"{evaluation.wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
+        limit, wall_s = self.task.time_limit_s, evaluation.spent.wall_s
+        if limit is not None and wall_s > limit:
+            return Reason.TIMED_OUT, f"{wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
         return None, ""
 
 
-def _evaluation_before(checkpoint: dict[str, Any] | None) -> Evaluation:
-    """What the checkpoint had measured; step 0 where there is none."""
-    if checkpoint:
-        return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    return Evaluation.without_steps(attempts=0)
+def _evaluation_before(checkpoint: dict[str, Any] | None, *, begins: bool) -> Evaluation:
+    """What the checkpoint had measured; step 0 where there is none, or it is that of a shorter horizon."""
+    if checkpoint is None:
+        return Evaluation.without_steps(attempts=0)
+    found = Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
+    if not begins:
+        return found
+    return replace(Evaluation.without_steps(attempts=found.attempts), earlier=found.spent)

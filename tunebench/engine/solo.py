@@ -244,7 +244,7 @@ def _cell(arm: ArmPlan, task: TrialTask, settings: dict[str, Scalar]) -> _Cell:
 def _lasting(task: TrialTask, scratch: Path) -> TrialTask:
     """A trial that ends nowhere near, and leaves nothing."""
     workload = task.workload.model_copy(update={"max_steps": _HORIZON})
-    return replace(task, workload=workload, evaluation_steps=(_HORIZON,), rungs=(), run=scratch)
+    return replace(task, workload=workload, evaluation_steps=(_HORIZON,), rungs=(), horizons=(), run=scratch)
 
 
 def _solo(task: TrialTask, engine: Engine, plan: SoloPlan, say: Say) -> Solo:

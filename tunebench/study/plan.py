@@ -11,7 +11,7 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.seeds import named_seed
 from tunebench.study.sentinels import sentinel_count
-from tunebench.study.spec import Asha, AshaForm, Sampler, Schedule, Tune, Workload
+from tunebench.study.spec import Asha, AshaForm, Fidelity, Sampler, Schedule, Tune, Workload
 
 _EVALUATIONS = 20  # per horizon, where the study does not say
 
@@ -24,6 +24,7 @@ class ArmPlan:
         optimizer: name of the optimizer's entry in the study. rule: the optimizer itself, which may have two entries.
         trials: configurations of the tune stage.
         rungs: steps at which ASHA compares the arm's trials. evaluation_steps: steps with validation errors.
+        fidelity: TRUNCATE or RESCALE, what trials have done at a rung.
         averaged: the averaged readout, EMA or SCHEDULE_FREE.
     """
 
@@ -35,7 +36,14 @@ class ArmPlan:
     schedule: Schedule
     averaged: Readout
     rungs: tuple[int, ...]
+    fidelity: Fidelity
     evaluation_steps: tuple[int, ...]
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Lengths of the schedules that a trial of the tune stage may train through, the workload's horizon last."""
+        shorter = self.rungs if self.fidelity is Fidelity.RESCALE else ()
+        return (*shorter, self.workload.max_steps)
 
     @property
     def name(self) -> str:
@@ -65,6 +73,7 @@ def plan_arms(resolved: ResolvedStudy) -> list[ArmPlan]:
             schedule=resolved.schedules[arm.name],
             averaged=Readout(resolved.spaces[arm.name].readout),
             rungs=(rungs := rung_steps(resolved.study.tune.asha, workload.max_steps)),
+            fidelity=(resolved.study.tune.asha or Asha()).fidelity.under(resolved.schedules[arm.name]),
             evaluation_steps=evaluation_steps(workload, rungs),
         )
         for workload in resolved.study.workloads
@@ -116,11 +125,19 @@ def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict
     return {name: named_seed(root, name, workload, stage.value, seed_index) for name in ("init", "order", "labels")}
 
 
-def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int, fewest: int = 1) -> int:
+def tune_steps(
+    tune: Tune, rungs: tuple[int, ...], horizon: int, fewest: int = 1, fidelity: Fidelity = Fidelity.TRUNCATE
+) -> int:
     """Steps expected of an arm's tune stage, without failures; `fewest` as in `survivors`."""
     alive = [tune.trials_per_arm, *survivors(tune, rungs, fewest)]
+    return sum(count * leg for count, leg in zip(alive, legs(rungs, horizon, fidelity), strict=True))
+
+
+def legs(rungs: tuple[int, ...], horizon: int, fidelity: Fidelity) -> list[int]:
+    """Steps that a trial pays for to reach each rung from the one before, and at last the horizon."""
     ends = [*rungs, horizon]
-    return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))
+    starts = [0, *rungs] if fidelity is Fidelity.TRUNCATE else [0] * len(ends)
+    return [end - start for start, end in zip(starts, ends, strict=True)]
 
 
 def plan_summary(
@@ -141,7 +158,8 @@ def plan_summary(
         horizon = arm.workload.max_steps
         tune = study.tune.model_copy(update={"trials_per_arm": arm.trials})
         fewest = min(study.confirm.top_k, arm.trials)
-        confirm_trials, tune_cost = fewest * study.confirm.seeds, tune_steps(tune, arm.rungs, horizon, fewest)
+        confirm_trials = fewest * study.confirm.seeds
+        tune_cost = tune_steps(tune, arm.rungs, horizon, fewest, arm.fidelity)
         steps = {"tune": tune_cost, "confirm": confirm_trials * horizon}
         seconds = (step_seconds or {}).get(arm.name)
         engine = (engines or {}).get(arm.workload.name, {})
@@ -154,6 +172,7 @@ def plan_summary(
                 "confirm_trials": confirm_trials,
                 "horizon_steps": horizon,
                 "rungs": list(arm.rungs),
+                "fidelity": arm.fidelity.value if arm.rungs else None,
                 "expected_survivors": survivors(tune, arm.rungs, fewest),
                 "parameters": sorted(arm.space.parameters),
                 "expected_tune_steps": steps["tune"],

@@ -168,7 +168,7 @@ class CohortLoop:
         self._joined_at = time.monotonic()
         with log_to(trial_log(task.run, name)):
             last = last_evaluation(task)
-            if last is not None and last.outcome is None and last.step in task.rungs:
+            if last is not None and last.outcome is None and last.at_rung:
                 self._outside.add(name)  # it may have to leave, and must not step until that is known
                 self._deliver(name, last)
                 return
@@ -272,7 +272,7 @@ class CohortLoop:
             return Evaluation.without_steps(attempts=1, outcome=Reason.MISMATCHED, message=str(error))
 
     def _deliver(self, name: str, evaluation: Evaluation) -> None:
-        decides = evaluation.outcome is None and evaluation.step in self._tasks[name].rungs
+        decides = evaluation.outcome is None and evaluation.at_rung
         self._last[name] = evaluation
         if decides:
             self._held.add(name)

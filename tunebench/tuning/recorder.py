@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from tunebench.engine.checkpoints import drop_checkpoints
-from tunebench.engine.task import Evaluation
+from tunebench.engine.task import Evaluation, Work
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
@@ -28,7 +29,6 @@ class Recorder(Callback):
         journal: the run's journal.
         scheduler: where the reasons of stops come from.
         keys: trial keys by trial id.
-        rungs: step -> journal, per arm.
         drop: whether a finished trial's checkpoints are deleted, by key.
         progress: the view that is updated.
         engines: name of the engine of each workload.
@@ -43,7 +43,6 @@ class Recorder(Callback):
         journal: JournalWriter,
         scheduler: PerArmAsha,
         keys: dict[str, TrialKey],
-        rungs: dict[str, tuple[int, ...]],
         drop: Callable[[TrialKey], bool],
         progress: Progress,
         engines: Mapping[str, str],
@@ -52,7 +51,7 @@ class Recorder(Callback):
         obey: Callable[[int], None] = lambda active: None,
     ) -> None:
         self._left, self._stopped, self._obey = left, stopped, obey
-        self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
+        self._journal, self._scheduler, self._keys = journal, scheduler, keys
         self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
         self._closed: set[str] = set()
@@ -76,14 +75,13 @@ class Recorder(Callback):
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)
-        at_rung = evaluation.step in self._rungs.get(key.arm, ())
-        if at_rung and math.isfinite(evaluation.objective):
+        if evaluation.at_rung and math.isfinite(evaluation.objective):
             self._journal.record_rung(key, evaluation.step, evaluation.objective)
         self._write_decisions()  # after the rung: what a kill leaves out is decided again from the rungs
         self._progress.evaluated(key, evaluation)
         if evaluation.outcome is not None:
             self._finish(key, evaluation.outcome, {"message": evaluation.message})
-        elif at_rung or key.trial_id in self._scheduler.waiting:
+        elif evaluation.at_rung or key.trial_id in self._scheduler.waiting:
             self._settle(key, result)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -171,5 +169,5 @@ def _detail(decision: Decision) -> dict[str, Any]:
 
 def _ledger(last: Evaluation | None) -> dict[str, float]:
     if last is None:
-        return {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
-    return {"steps": last.step, "wall_s": last.wall_s, "device_s": last.device_s, "attempts": last.attempts}
+        return {**asdict(Work()), "attempts": 1}
+    return {**asdict(last.spent), "attempts": last.attempts}
