@@ -14,7 +14,6 @@ from tests.tuning.conftest import TRIALS, ended, killed, python_path, ranking_of
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CHECKPOINTS, CURVES, SHORTER_CURVES, Reason, Stage, TrialRecord
 
-
 RUNGS = (3, 6)
 
 
