@@ -110,7 +110,7 @@ def test_a_finished_trial_is_closed_with_objective_ledger_groups_and_errors(driv
     driver.report(key(), evaluation(9, 0.25, attempts=2, outcome=Reason.FINISHED))
     record = driver.record(key())
     assert (record.state, record.reason, record.value) == ("COMPLETE", Reason.FINISHED, 0.25)
-    assert record.ledger == {"steps": 9, "wall_s": 18.0, "device_s": 9.0, "attempts": 2}
+    assert record.ledger == {"steps": 9, "lost_steps": 0, "wall_s": 18.0, "device_s": 9.0, "attempts": 2}
     assert record.groups == GROUPS
     assert record.result == ERRORS
     assert record.rungs == {3: 0.5}  # and no other evaluation step
@@ -199,7 +199,7 @@ def test_a_crash_is_closed_with_one_line(driver: Driver, error: Exception | None
     driver.fail(key(), error)
     record = driver.record(key())
     assert (record.state, record.reason, record.detail) == ("FAIL", Reason.CRASHED, {"message": message})
-    assert record.ledger == {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
+    assert record.ledger == {"steps": 0, "lost_steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
 
 
 def test_a_crash_that_tune_has_not_stored_yet_is_read_from_its_own_file(driver: Driver, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_long_message_is_cut_and_a_crash_keeps_the_work_it_had_done(driver: Dr
     driver.fail(key(), RuntimeError("x" * 10_000))
     record = driver.record(key())
     assert record.detail["message"] == "x" * 500
-    assert record.ledger == {"steps": 6, "wall_s": 12.0, "device_s": 6.0, "attempts": 1}
+    assert record.ledger == {"steps": 6, "lost_steps": 0, "wall_s": 12.0, "device_s": 6.0, "attempts": 1}
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_trial_open(driver: Driver) -> None:

@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, save_checkpoint
 from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
 from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
 
@@ -31,15 +33,19 @@ class TrialBook:
     def __init__(self, task: TrialTask) -> None:
         self.folder = checkpoint_folder(task.run, task.key.trial_id)
         found = load_checkpoint(self.folder)
-        kept = task.at(found["horizon"]) if found else None
+        before = _evaluation_in(found) if found else Evaluation.without_steps(attempts=0)
+        kept = task.at(before.horizon) if found else None
         self.task, self._checkpoint = (kept, found) if kept else (task, None)
         if found and not kept:
-            set_aside_curve(task.run, task.key.trial_id, found["horizon"])
-        self.last = _evaluation_before(found, begins=kept is None)
+            set_aside_curve(task.run, task.key.trial_id, before.horizon)
+            begins = Evaluation.without_steps(attempts=before.attempts)
+            before = replace(begins, earlier=before.spent, lost=before.lost)
+        self.last = with_losses(replace(before, horizon=self.task.horizon), self.folder)
         self.device_s = self.last.device_s
         self.groups: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._earlier_wall_s = self.last.wall_s
+        self._noted_at = self._began
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
@@ -90,8 +96,10 @@ class TrialBook:
             train_loss=train_loss,
             learning_rate=learning_rate,
             attempts=self._attempts,
+            horizon=self.task.horizon,
             at_rung=step in self.task.rungs,
             earlier=self.last.earlier,
+            lost=self.last.lost,
             groups=self.groups,
         )
         outcome, message = self._outcome(evaluation)
@@ -107,8 +115,19 @@ class TrialBook:
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
         self._board.add(self.last)
         if saved is not None:
-            own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows, "horizon": self.task.horizon}
+            own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
+
+    @property
+    def note_is_due(self) -> bool:
+        """Whether the last note was made some seconds ago."""
+        return time.perf_counter() - self._noted_at > NOTE_EVERY_S
+
+    def note(self, step: int) -> None:
+        """Write down beside the checkpoint how far the trial has come; `device_s` must be up to date."""
+        self._noted_at = time.perf_counter()
+        done = Work(steps=step, wall_s=self.wall_s, device_s=self.device_s)
+        write_note(self.folder, Note(horizon=self.task.horizon, done=done, lost=self.last.lost))
 
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
         """The report of an end between two evaluations."""
@@ -146,11 +165,17 @@ class TrialBook:
         return None, ""
 
 
-def _evaluation_before(checkpoint: dict[str, Any] | None, *, begins: bool) -> Evaluation:
-    """What the checkpoint had measured; step 0 where there is none, or it is that of a shorter horizon."""
-    if checkpoint is None:
-        return Evaluation.without_steps(attempts=0)
-    found = Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    if not begins:
-        return found
-    return replace(Evaluation.without_steps(attempts=found.attempts), earlier=found.spent)
+def last_evaluation(run: Path, trial_id: str) -> Evaluation | None:
+    """What a trial's checkpoint had measured; None before the first."""
+    checkpoint = load_checkpoint(checkpoint_folder(run, trial_id))
+    return _evaluation_in(checkpoint) if checkpoint else None
+
+
+def with_losses(last: Evaluation, folder: Path) -> Evaluation:
+    """An evaluation with all that was lost after it, as the note in the trial's folder tells."""
+    note = read_note(folder)
+    return replace(last, lost=note.lost_after(last.horizon, last.done, last.lost)) if note else last
+
+
+def _evaluation_in(checkpoint: Mapping[str, Any]) -> Evaluation:
+    return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))

@@ -184,6 +184,8 @@ class Cohort:
         while stepping := [place for place in self._places.values() if not place.waiting]:
             stepped, shortage = self._step(stepping)
             reports = self._diverged(stepped) + self._due(stepped)
+            if any(place.tenant.book.note_is_due for place in stepped):
+                self._note(stepped)
             if shortage and self.slots > 1:
                 self._halve()
             elif shortage:
@@ -441,6 +443,14 @@ class Cohort:
         wait(writes)
         for write in writes:
             write.result()
+
+    def _note(self, stepped: Sequence[Place]) -> None:
+        """Let trials write down how far they have come, for what a kill may take."""
+        self._book_time()
+        going = [place for place in stepped if place.tenant.name in self._places and not place.waiting]
+        notes = [self._writers.submit(place.tenant.book.note, place.step) for place in going]
+        for note in notes:
+            note.result()
 
     def _reported(self, place: Place) -> tuple[str, Evaluation]:
         name, last = place.tenant.name, place.tenant.book.last

@@ -157,6 +157,10 @@ class _Trial(lightning.Callback):
             self._book_training()
             self._evaluate(trainer)
             self.training_since = self._now()
+        elif self.book.note_is_due:
+            self._book_training()
+            self.book.note(self.step)
+            self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:
         last = self.book.evaluated(

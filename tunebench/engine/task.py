@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tunebench.engine.work import Work
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
@@ -108,28 +109,6 @@ class TrialTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """Training that was paid for.
-
-    Attributes:
-        steps: training steps.
-        wall_s: seconds by the clock on the wall. device_s: those spent in training steps.
-    """
-
-    steps: int = 0
-    wall_s: float = 0.0
-    device_s: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        """Both together."""
-        return Work(
-            steps=self.steps + other.steps,
-            wall_s=self.wall_s + other.wall_s,
-            device_s=self.device_s + other.device_s,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One evaluation of a running trial; plain data, so that it passes through any scheduler.
 
@@ -139,8 +118,10 @@ class Evaluation:
         wall_s: seconds since the trial began at this horizon, earlier attempts included. device_s: those spent in
             training steps.
         train_loss: mean training loss since the previous evaluation.
+        horizon: steps of the schedule that the trial was trained through.
         at_rung: whether somebody decides now if the trial goes on.
         earlier: what the trial spent at shorter horizons.
+        lost: what kills and crashes took, at any horizon, and it had to do again; to `NOTE_EVERY_S` seconds each.
         outcome: set in the last report of a trial that ended by itself.
     """
 
@@ -152,16 +133,23 @@ class Evaluation:
     train_loss: float
     learning_rate: float
     attempts: int
+    horizon: int = 0
     at_rung: bool = False
-    earlier: Work = Work()
+    earlier: Work = field(default_factory=Work)
+    lost: Work = field(default_factory=Work)
     outcome: Reason | None = None
     message: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def done(self) -> Work:
+        """What the trial has spent at this horizon."""
+        return Work(steps=self.step, wall_s=self.wall_s, device_s=self.device_s)
+
+    @property
     def spent(self) -> Work:
-        """All that the trial has spent, at shorter horizons too."""
-        return self.earlier + Work(steps=self.step, wall_s=self.wall_s, device_s=self.device_s)
+        """What it has spent at all horizons, without what was lost."""
+        return self.earlier + self.done
 
     @property
     def is_sound(self) -> bool:
@@ -193,8 +181,8 @@ class Evaluation:
         """The inverse of `to_plain`; keys that are not an evaluation's are left out."""
         known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
         known["outcome"] = Reason(known["outcome"]) if known.get("outcome") else None
-        known["earlier"] = Work(**known.get("earlier", {}))
-        return cls(**known)
+        work = {name: Work(**known.get(name, {})) for name in ("earlier", "lost")}
+        return cls(**{**known, **work})
 
 
 def trial_task(

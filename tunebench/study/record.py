@@ -125,7 +125,8 @@ class TrialRecord:
             for a sentinel, which goes on all the same, what they would have said.
         sentinel: whether it was chosen, before the start, never to be stopped.
         seeds: named seeds ``{init, order, labels}``.
-        ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
+        ledger: ``{steps, lost_steps, wall_s, device_s, attempts}``; steps at shorter horizons count, and the seconds of
+            steps that a kill or a crash took, ``lost_steps``, count as well; device-seconds exclude evaluation.
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
         engine: what trained it last, ``cohort`` or ``lightning``; None before its start.

@@ -97,10 +97,15 @@ def _sentences(trial: TrialRecord) -> str:
         lines.append(f"update rules: {_rules(trial)}")
     if trial.ledger:
         lines.append(
-            f"work: {trial.ledger['steps']:.0f} steps, {trial.ledger['device_s']:.1f} device-seconds, "
+            f"work: {trial.ledger['steps']:.0f} steps{_lost(trial)}, {trial.ledger['device_s']:.1f} device-seconds, "
             f"{trial.ledger['attempts']:.0f} attempt(s)" + (f", {trial.engine} engine" if trial.engine else "")
         )
     return "\n".join(lines)
+
+
+def _lost(trial: TrialRecord) -> str:
+    lost = trial.ledger.get("lost_steps", 0)
+    return f" and {lost:.0f} that a kill or a crash took" if lost else ""
 
 
 def _at_rung(decision: dict[str, Any] | None) -> str:

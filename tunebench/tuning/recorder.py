@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from tunebench.engine.checkpoints import drop_checkpoints
-from tunebench.engine.task import Evaluation, Work
+from tunebench.engine.book import last_evaluation, with_losses
+from tunebench.engine.checkpoints import checkpoint_folder, drop_checkpoints
+from tunebench.engine.task import Evaluation
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
@@ -110,7 +111,15 @@ class Recorder(Callback):
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
             raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
         self._write_decisions()
-        self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
+        key = self._key(trial)
+        self._count_crash(key)
+        self._finish(key, Reason.CRASHED, {"message": lines[-1][:500]})
+
+    def _count_crash(self, key: TrialKey) -> None:
+        """Take in what a trial had done when it crashed, in this start of the study and in earlier ones."""
+        run, name = self._progress.run, key.trial_id
+        last = self._last.get(name) or last_evaluation(run, name) or Evaluation.without_steps(attempts=1)
+        self._last[name] = with_losses(last, checkpoint_folder(run, name))
 
     def _write_decisions(self) -> None:
         for decision in self._scheduler.new_decisions():
@@ -169,5 +178,9 @@ def _detail(decision: Decision) -> dict[str, Any]:
 
 def _ledger(last: Evaluation | None) -> dict[str, float]:
     if last is None:
-        return {**asdict(Work()), "attempts": 1}
-    return {**asdict(last.spent), "attempts": last.attempts}
+        last = Evaluation.without_steps(attempts=1)
+    return {
+        **asdict(last.spent + replace(last.lost, steps=0)),
+        "lost_steps": last.lost.steps,
+        "attempts": last.attempts,
+    }
