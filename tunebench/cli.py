@@ -91,9 +91,9 @@ def plan(
     where a rule fails that the study does not waive.
     """
     from tunebench.study.lint import lint
-    from tunebench.study.plan import plan_summary
     from tunebench.study.power import LEVEL, POWER, smallest_difference
     from tunebench.study.resolve import resolve
+    from tunebench.study.summary import plan_summary
     from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
@@ -434,7 +434,7 @@ def _plan_table(summary: dict[str, Any]) -> Table:
             arm["arm"],
             arm["engine"] or "",
             "" if arm["slots"] is None else str(arm["slots"]),
-            str(arm["trials"]),
+            _capped(arm),
             str(arm["confirm_trials"]),
             str(arm["horizon_steps"]),
             _rungs(arm),
@@ -443,6 +443,12 @@ def _plan_table(summary: dict[str, Any]) -> Table:
             "" if arm["expected_device_s"] is None else f"{arm['expected_device_s']:.0f}",
         )
     return table
+
+
+def _capped(arm: dict[str, Any]) -> str:
+    """Trials of an arm, and how many there would be without its cap on device-seconds."""
+    count, wanted = arm["trials"], arm["trials_without_cap"]
+    return str(count) if count == wanted else f"{count} of {wanted}"
 
 
 def _rungs(arm: dict[str, Any]) -> str:

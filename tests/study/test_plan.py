@@ -10,7 +10,6 @@ from tunebench.study.plan import (
     ArmPlan,
     evaluation_steps,
     plan_arms,
-    plan_summary,
     rung_steps,
     survivors,
     trial_seeds,
@@ -19,6 +18,7 @@ from tunebench.study.plan import (
 from tunebench.study.record import Readout, Stage
 from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.spec import Asha, Fidelity, ScheduleKind, Tune, Workload
+from tunebench.study.summary import plan_summary
 
 DATA = {"source": "xtb", "system": "ethanol", "frames": {"train": 10, "val": 4, "test": 4}}
 MODEL = {"family": "nequip"}

@@ -32,7 +32,10 @@ def extended(resolved: ResolvedStudy, run: Path) -> ResolvedStudy:
         raise RunError(f"{file}: found {error}, allowed: trials_per_arm, an integer of at least {least}") from None
     if not isinstance(trials, int) or trials < least:
         raise RunError(f"{file}: trials_per_arm: found {trials!r}, allowed: an integer of at least {least}")
-    tune = resolved.study.tune.model_copy(update={"trials_per_arm": trials})
+    own = resolved.study.tune
+    cap = own.device_seconds_per_arm
+    longer = None if cap is None else cap * trials / own.trials_per_arm
+    tune = own.model_copy(update={"trials_per_arm": trials, "device_seconds_per_arm": longer})
     return replace(resolved, study=resolved.study.model_copy(update={"tune": tune}))
 
 

@@ -23,6 +23,7 @@ from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 _log = logging.getLogger(__name__)
 
 _LATE = "decision"
+_AFFORDED = "afforded"
 _STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 
 
@@ -70,6 +71,15 @@ class JournalWriter:
         written = self._storage.get_study_user_attrs(self._studies[arm])
         for name in attributes.keys() - written.keys():  # a kill may have come between the study and its attributes
             self._storage.set_study_user_attr(self._studies[arm], name, attributes[name])
+
+    def afford(self, arm: str, wanted: int, count: int) -> None:
+        """Write how many of the configurations that are wanted for an arm its device-seconds pay for."""
+        self._storage.set_study_user_attr(self._studies[arm], f"{_AFFORDED} {wanted}", count)
+
+    def afforded(self, arm: str, wanted: int) -> int | None:
+        """What `afford` has written; None before that."""
+        count: int | None = self._storage.get_study_user_attrs(self._studies[arm]).get(f"{_AFFORDED} {wanted}")
+        return count
 
     def plan(
         self,

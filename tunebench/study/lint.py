@@ -99,7 +99,11 @@ def _equal_budget(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     trials = resolved.study.tune.trials_per_arm
     larger = [arm.name for arm in resolved.study.optimizers if arm.budget > 1]
     audits = f"; {', '.join(larger)} searches more, as an audit, and its rank does not count" if larger else ""
-    return _PASS, f"{trials} configurations for every arm that competes{audits}", ""
+    cap = resolved.study.tune.device_seconds_per_arm
+    if cap is None:
+        reason = f"{trials} configurations for every arm that competes, at whatever their steps cost{audits}"
+        return _WARN, reason, "tune.device_seconds_per_arm"
+    return _PASS, f"{trials} configurations and {cap:g} device-seconds for every arm that competes{audits}", ""
 
 
 def _baselines(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:

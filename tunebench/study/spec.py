@@ -304,6 +304,11 @@ class Tune(Section):
         default=Sampler.SOBOL, description="sobol, or tpe: exploratory and never ranked"
     )
     asha: Asha | None = Field(default_factory=Asha, description="early stopping; null runs every trial to the horizon")
+    device_seconds_per_arm: PositiveFloat | None = Field(
+        default=None,
+        description="cap on what an arm's search costs, in steps times calibrated seconds of a step; an arm whose "
+        "configurations may cost more has fewer of them",
+    )
 
 
 class Confirm(Section):

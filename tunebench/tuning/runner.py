@@ -26,6 +26,7 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
+from tunebench.tuning.device_budget import Searched, afforded
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
@@ -147,12 +148,28 @@ class _Run:
             )
             for workload in self._study.workloads
         }
+        searched = {
+            arm.name: [configuration(arm.space, point) for point in points[arm.workload.name][: arm.trials]]
+            for arm in self._arms
+        }
+        afforded = self._afforded(searched)
         for index in range(count):
             for arm in self._arms:
-                if index >= arm.trials:
-                    continue
-                params = configuration(arm.space, points[arm.workload.name][index])
-                self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
+                if index < afforded[arm.name]:
+                    self._plan(arm, arm.key(Stage.TUNE, index, 0), searched[arm.name][index])
+
+    def _afforded(self, searched: Searched) -> dict[str, int]:
+        """Configurations of each arm that its device-seconds pay for."""
+        return afforded(
+            self._resolved,
+            self._data,
+            searched,
+            self._sentinels,
+            self._arms,
+            self._options.run,
+            self._journal,
+            lambda line: self._console.print(line, highlight=False, soft_wrap=True, markup=False),
+        )
 
     def _plan_tpe(self, number: int) -> None:
         records = read_trials(self._options.run)
