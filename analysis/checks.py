@@ -17,14 +17,12 @@ from analysis.selection import (
     rule_shares,
 )
 from analysis.step_costs import untimed
+from tunebench.study.edges import outer_side
 from tunebench.study.objective import objective_value
 from tunebench.study.record import CURVES, OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
-from tunebench.study.search_space import FloatParameter
 
 LARGEST_SPREAD = 1.05
 """Rule F2: largest over smallest share of an arm in the tune stage."""
-EDGE = 0.1
-"""Rule F5: the best learning rate should not lie in the outer tenth of its range."""
 
 
 class Status(StrEnum):
@@ -77,7 +75,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
         )
         protocol = (
             ("arms were given equal tuning budgets (F2)", _unequal_budget(run, workload)),
-            ("the best learning rate is inside its range (F5)", _edges(run, workload)),
+            ("best learning rates and weight decays are inside their ranges (F5)", _edges(run, workload)),
         )
         checks += [checked(name, Status.FAILED, workload, findings) for name, findings in integrity]
         checks += [checked(name, Status.WARNING, workload, findings) for name, findings in protocol]
@@ -217,14 +215,12 @@ def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
 def _edges(run: Run, workload: str) -> Iterator[str]:
     for optimizer in run.optimizers:
         best = best_candidate(confirm_candidates(run, workload, optimizer), run.study.objective)
-        space = run.resolved.spaces[optimizer]
-        parameter = space.parameters.get("learning_rate")
-        if best is None or not isinstance(parameter, FloatParameter):
-            continue
-        rate = float(best.params["learning_rate"])
-        try:
-            inside = EDGE <= parameter.unit_of(rate) <= 1.0 - EDGE
-        except ValueError:
-            inside = False
-        if not inside:
-            yield f"{optimizer}: best learning rate {rate:.3g} is in the outer tenth of its range; maybe unconverged"
+        for name, parameter in run.resolved.spaces[optimizer].parameters.items():
+            if best is not None and name in best.params and outer_side(parameter, best.params[name]):
+                yield (
+                    f"{optimizer}: best {name.replace('_', ' ')} {best.params[name]:.3g} is in the outer tenth of its "
+                    "range; maybe unconverged, and `tunebench run --extend` widens the range"
+                )
+    for optimizer, ranges in run.widened.items():
+        for name, (low, high) in ranges.items():
+            yield f"{optimizer}: {name.replace('_', ' ')} was widened after the start to {low:g} to {high:g}"

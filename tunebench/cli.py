@@ -136,7 +136,13 @@ def run(
     study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
-    extend: Annotated[int, typer.Option(min=0, help="further configurations for every arm of a run that began")] = 0,
+    extend: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="more configurations for every arm of a run that began; widens ranges whose best lies at the edge",
+        ),
+    ] = 0,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
+from tunebench.study.edges import widenings
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.extension import extend, extended
@@ -69,21 +70,36 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    refuse_unfair(resolved)
+    begun = (options.run / JOURNAL).exists()
+    if not begun:  # later its ranges may be wider than fair ones are at the start
+        refuse_unfair(resolved)
     with held_run(resolved, options.run):
         if options.extend:
-            if not (options.run / JOURNAL).exists():
-                raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
-            extend(resolved, options.run, options.extend)
+            _extend(resolved, options, console)
         resolved = extended(resolved, options.run)
         data = prepare_workloads(resolved, console)
-        if not (options.run / JOURNAL).exists():
+        if not begun:
             check_arms(resolved, data)
         run = _Run(resolved, options, data, console)
         with leaving_ray():
             run.tune()
             run.confirm()
     return read_trials(options.run)
+
+
+def _extend(resolved: ResolvedStudy, options: RunOptions, console: Console) -> None:
+    """Give every arm more configurations, and wider ranges to those whose best lies at an edge."""
+    if not (options.run / JOURNAL).exists():
+        raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
+    found = widenings(extended(resolved, options.run), read_trials(options.run))
+    for each in found:
+        console.print(
+            f"{each.optimizer}: its best {each.parameter} lies at the edge of its range, which now goes from "
+            f"{each.low:g} to {each.high:g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    extend(resolved, options.run, options.extend, found)
 
 
 class _Run:
