@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from rich.console import Console
 
 from tunebench.engine.checkpoints import checkpoint_folder, save_checkpoint
 from tunebench.engine.task import Evaluation
+from tunebench.engine.work import Note, Work, write_note
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
@@ -200,6 +201,23 @@ def test_a_crash_is_closed_with_one_line(driver: Driver, error: Exception | None
     record = driver.record(key())
     assert (record.state, record.reason, record.detail) == ("FAIL", Reason.CRASHED, {"message": message})
     assert record.ledger == {"steps": 0, "lost_steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
+
+
+def test_a_trial_whose_node_went_away_is_preempted(driver: Driver) -> None:
+    driver.start(key())
+    driver.fail(key(), RayActorError(error_msg="The actor died because its node has died. Node Id: ab"))
+    assert driver.record(key()).reason is Reason.PREEMPTED
+    assert driver.record(key()).state == "FAIL"
+
+
+def test_a_crash_counts_what_was_done_after_the_last_report(driver: Driver) -> None:
+    driver.start(key())
+    driver.report(key(), evaluation(6, 0.5, horizon=9))
+    done = Work(steps=8, wall_s=16.0, device_s=8.0)
+    write_note(checkpoint_folder(driver.run, key().trial_id), Note(horizon=9, done=done, lost=Work()))
+    driver.fail(key(), RuntimeError("broken"))
+    ledger = {"steps": 6, "lost_steps": 2, "wall_s": 16.0, "device_s": 8.0, "attempts": 1}
+    assert driver.record(key()).ledger == ledger
 
 
 def test_a_crash_that_tune_has_not_stored_yet_is_read_from_its_own_file(driver: Driver, tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def test_a_run_directory_of_another_study_is_refused(finished_run: Path, tmp_pat
     done = tunebench("run", other, "--run", finished_run, check=False)
     assert done.returncode == 2
     assert "holds study" in done.stderr
+    assert "they differ in seed: 5 there, 6 here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_edited_run_directory_is_refused(finished_run: Path, tmp_path: Path):

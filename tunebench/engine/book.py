@@ -17,6 +17,7 @@ from tunebench.engine.task import Errors, Evaluation, TrialTask
 from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
+from tunebench.workloads.errors import WorkloadError
 
 
 class TrialBook:
@@ -169,6 +170,18 @@ def last_evaluation(run: Path, trial_id: str) -> Evaluation | None:
     """What a trial's checkpoint had measured; None before the first."""
     checkpoint = load_checkpoint(checkpoint_folder(run, trial_id))
     return _evaluation_in(checkpoint) if checkpoint else None
+
+
+REPEATABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, WorkloadError)
+"""Errors that every further attempt from the same checkpoint would raise again."""
+
+
+def crashed(task: TrialTask, error: BaseException) -> Evaluation:
+    """The last report of a trial that no further attempt can help."""
+    last = last_evaluation(task.run, task.key.trial_id) or Evaluation.without_steps(attempts=1)
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    ended = replace(last, objective=math.inf, errors={}, at_rung=False, outcome=Reason.CRASHED, message=message)
+    return with_losses(ended, checkpoint_folder(task.run, task.key.trial_id))
 
 
 def with_losses(last: Evaluation, folder: Path) -> Evaluation:

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tunebench.study.files import check_room
+
 NOTE = "work.json"
 NOTE_EVERY_S = 10.0
 
@@ -76,6 +78,7 @@ class Note:
 def write_note(folder: Path, note: Note) -> None:
     """Replace the note; a power cut may take it, for it is not worth waiting for the disk."""
     folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder / NOTE)
     partial = folder / f"{NOTE}.partial"
     partial.write_text(json.dumps(asdict(note)), encoding="utf-8")
     partial.replace(folder / NOTE)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunebench.engine.book import TrialBook, last_evaluation
+from tunebench.engine.book import REPEATABLE, TrialBook, crashed, last_evaluation
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.slots import automatic_slots
 from tunebench.engine.task import Evaluation, TrialTask
@@ -268,6 +268,9 @@ class CohortLoop:
             return self._open_cohort.join(task)
         except BrokenPromise as error:
             return Evaluation.without_steps(attempts=1, outcome=Reason.MISMATCHED, message=str(error))
+        except REPEATABLE as error:
+            log.error("the trial crashed\n%s", traceback.format_exc())
+            return crashed(task, error)
 
     def _deliver(self, name: str, evaluation: Evaluation) -> None:
         decides = evaluation.outcome is None and evaluation.at_rung

@@ -18,6 +18,7 @@ from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.failures import reason_of
 from tunebench.tuning.ladder import Decision, Fate
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
@@ -113,7 +114,7 @@ class Recorder(Callback):
         self._write_decisions()
         key = self._key(trial)
         self._count_crash(key)
-        self._finish(key, Reason.CRASHED, {"message": lines[-1][:500]})
+        self._finish(key, reason_of(error), {"message": lines[-1][:500]})
 
     def _count_crash(self, key: TrialKey) -> None:
         """Take in what a trial had done when it crashed, in this start of the study and in earlier ones."""
