@@ -478,13 +478,8 @@ def _replay_view(summary: dict[str, Any]) -> Group:
     for column in ("arm", "sentinels", "would stop", "wrongly", "false stops [%]"):
         evidence.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
     for row in summary["sentinels"]:
-        rate = (
-            ""
-            if row["rate"] is None
-            else f"{100 * row['rate']:.0f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-        )
         counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
-        evidence.add_row(row["arm"], *counts, rate)
+        evidence.add_row(row["arm"], *counts, _rate(row))
     return Group(replayed, evidence)
 
 
@@ -521,13 +516,21 @@ def _status_table(summary: dict[str, Any]) -> Table:
     state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
-    for column in ("arm", "stage", "engine", *counted, "best objective"):
+    for column in ("arm", "stage", "engine", *counted, "best objective", "false stops [%]"):
         left = column in ("arm", "stage", "engine")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for row in summary["arms"]:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
-        table.add_row(row["arm"], row["stage"], row["engine"], *(str(row[name]) for name in counted), best)
+        counts = (str(row[name]) for name in counted)
+        table.add_row(row["arm"], row["stage"], row["engine"], *counts, best, _rate(row["false_stops"]))
     return table
+
+
+def _rate(stops: dict[str, Any] | None) -> str:
+    """A rate of false stops with its interval, in percent; empty without sentinels."""
+    if stops is None or stops["rate"] is None:
+        return ""
+    return f"{100 * stops['rate']:.0f} ({100 * stops['low']:.0f} to {100 * stops['high']:.0f})"
 
 
 def _block_tables(inspection: dict[str, Any]) -> tuple[Table, Table]:

@@ -77,6 +77,10 @@ def test_arms_share_seeds_and_the_points_of_shared_parameters(finished_run: Path
     for index in range(3):
         rates = {t.params["learning_rate"] for t in trials if t.key.config_index == index and t.key.stage is Stage.TUNE}
         assert len(rates) == 1
+        points = [t.point for t in trials if t.key.config_index == index and t.key.stage is Stage.TUNE]
+        shared = set.intersection(*(set(point) for point in points))
+        assert {"learning_rate", "weight_decay"} <= shared
+        assert all(point[name] == points[0][name] for point in points for name in shared)
     for seed_index in range(2):
         confirmed = [t for t in trials if t.key.stage is Stage.CONFIRM and t.key.seed_index == seed_index]
         assert len({json.dumps(trial.seeds, sort_keys=True) for trial in confirmed}) == 1

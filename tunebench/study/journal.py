@@ -90,8 +90,9 @@ class JournalWriter:
         data_hash: str | None = None,
         *,
         sentinel: bool = False,
+        point: Mapping[str, float] | None = None,
     ) -> None:
-        """Enter a trial that waits to be started."""
+        """Enter a trial that waits to be started; `point` is where in the unit cube its hyperparameters come from."""
         if key.trial_id in self._trials:
             return
         template = create_trial(
@@ -105,6 +106,7 @@ class JournalWriter:
                 "seeds": dict(seeds),
                 "data_hash": data_hash,
                 "sentinel": sentinel,
+                "point": dict(point or {}),
             },
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
@@ -219,6 +221,7 @@ def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> Tri
         ledger=attributes.get("ledger", {}),
         decisions=_decisions(trial, late),
         sentinel=attributes.get("sentinel", False),
+        point=attributes.get("point", {}),
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         engine=attributes.get("engine"),

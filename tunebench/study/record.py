@@ -124,6 +124,8 @@ class TrialRecord:
         decisions: what its rungs said of it in turn, ``{trial, rung, value, cutoff, competitors, goes_on, sentinel}``;
             for a sentinel, which goes on all the same, what they would have said.
         sentinel: whether it was chosen, before the start, never to be stopped.
+        point: where in the unit cube of the Sobol sequence the hyperparameters come from, which arms share by name;
+            empty in the confirm stage and under TPE.
         seeds: named seeds ``{init, order, labels}``.
         ledger: ``{steps, lost_steps, wall_s, device_s, attempts}``; steps at shorter horizons count, and the seconds of
             steps that a kill or a crash took, ``lost_steps``, count as well; device-seconds exclude evaluation.
@@ -145,6 +147,7 @@ class TrialRecord:
     ledger: dict[str, float]
     decisions: list[dict[str, Any]] = field(default_factory=list)
     sentinel: bool = False
+    point: dict[str, float] = field(default_factory=dict)
     data_hash: str | None = None
     engine: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)

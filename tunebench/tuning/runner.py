@@ -172,7 +172,9 @@ class _Run:
         for index in range(count):
             for arm in self._arms:
                 if index < afforded[arm.name]:
-                    self._plan(arm, arm.key(Stage.TUNE, index, 0), searched[arm.name][index])
+                    point = points[arm.workload.name][index]
+                    own = {name: point[name] for name in arm.space.parameters}
+                    self._plan(arm, arm.key(Stage.TUNE, index, 0), searched[arm.name][index], own)
 
     def _afforded(self, searched: Searched) -> dict[str, int]:
         """Configurations of each arm that its device-seconds pay for."""
@@ -199,12 +201,12 @@ class _Run:
             for index, params in zip(planned, tpe_configurations(arm.space, earlier, len(planned), seed), strict=True):
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
-    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
+    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any], point: dict[str, float] | None = None) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
         data_hash = self._data[arm.workload.name].hash
         sentinel = key.stage is Stage.TUNE and key.config_index in self._sentinels[arm.workload.name]
-        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel)
+        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel, point=point)
 
     def _run_stage(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
