@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tunebench.study.errors import RunError
+from tunebench.study.extension import Ranges, read_extension
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
@@ -49,6 +50,11 @@ class Run:
     def study(self) -> Study:
         """The study as it was frozen when the run started."""
         return self.resolved.study
+
+    @property
+    def widened(self) -> Ranges:
+        """Ranges that were widened after the start, by optimizer and hyperparameter."""
+        return read_extension(self.resolved, self.path).widened
 
     @property
     def workloads(self) -> tuple[str, ...]:

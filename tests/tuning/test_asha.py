@@ -71,7 +71,7 @@ class Tune:
         """A result as Tune hands it to the scheduler, and what Tune makes of the answer."""
         tune_trial = self.trials[trial.trial_id]
         decided = self.asha.on_trial_result(
-            self, tune_trial, {"step": step, "objective": objective, "outcome": outcome}
+            self, tune_trial, {"step": step, "objective": objective, "outcome": outcome, "at_rung": step in RUNGS}
         )
         if decided == PAUSE:
             tune_trial.status = Trial.PAUSED

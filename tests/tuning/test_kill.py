@@ -20,7 +20,7 @@ import pytest
 from tests.tuning.conftest import ended, killed, ranking_of, tunebench, write_study
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.study.journal import read_trials
-from tunebench.study.record import CURVES, JOURNAL, Stage
+from tunebench.study.record import CURVES, JOURNAL, SHORTER_CURVES, Stage
 
 KILLS = int(os.environ.get("TUNEBENCH_KILLS", "2"))
 
@@ -48,9 +48,19 @@ def order_of_arms(run: Path) -> list[Any]:
     ]
 
 
+def curves_of(run: Path, trial: str) -> pd.DataFrame:
+    """What was measured of a trial, at all its horizons."""
+    name = trial.partition(".h")[0]
+    shorter = (run / SHORTER_CURVES).glob(f"{name}.h*.parquet")
+    return pd.concat([pd.read_parquet(file) for file in (run / CURVES / f"{name}.parquet", *shorter)])
+
+
 def paid(run: Path) -> dict[str, pd.DataFrame]:
     """By trial, the part of its curve that nobody may have to pay again: that up to its checkpoint, or to its end."""
-    finished, parts = ended(run), {}
+    finished, parts = (
+        ended(run),
+        {file.stem: pd.read_parquet(file) for file in (run / SHORTER_CURVES).glob("*.parquet")},
+    )
     for file in (run / CURVES).glob("*.parquet"):
         curve = pd.read_parquet(file)
         checkpoint = load_checkpoint(checkpoint_folder(run, file.stem))
@@ -138,7 +148,7 @@ def test_no_step_up_to_a_checkpoint_is_paid_twice(survivor: Path) -> None:
     compared = 0
     for kill in kills:
         for trial, before in paid(kill).items():
-            after = pd.read_parquet(survivor / CURVES / f"{trial}.parquet")
+            after = curves_of(survivor, trial)
             merged = before.merge(after, how="left", indicator=True)  # wall_s and device_s tell a repeated step
             assert (merged["_merge"] == "both").all(), f"{trial} after {kill.name}"
             compared += len(before)

@@ -7,14 +7,17 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, save_checkpoint
-from tunebench.engine.curves import curve_rows, write_curve
+from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
 from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
+from tunebench.workloads.errors import WorkloadError
 
 
 class TrialBook:
@@ -23,7 +26,7 @@ class TrialBook:
     A trial that is killed loses at most what came after its last writing, which was at its last rung or later.
 
     Attributes:
-        task: the trial.
+        task: the trial, at the horizon of its checkpoint where that is not behind it.
         folder: where its checkpoints are.
         last: the last evaluation, step 0 before the first.
         device_s: seconds of training steps, earlier attempts included.
@@ -31,14 +34,21 @@ class TrialBook:
     """
 
     def __init__(self, task: TrialTask) -> None:
-        self.task = task
         self.folder = checkpoint_folder(task.run, task.key.trial_id)
-        self._checkpoint = load_checkpoint(self.folder)
-        self.last = _evaluation_before(self._checkpoint)
+        found = load_checkpoint(self.folder)
+        before = _evaluation_in(found) if found else Evaluation.without_steps(attempts=0)
+        kept = task.at(before.horizon) if found else None
+        self.task, self._checkpoint = (kept, found) if kept else (task, None)
+        if found and not kept:
+            set_aside_curve(task.run, task.key.trial_id, before.horizon)
+            begins = Evaluation.without_steps(attempts=before.attempts)
+            before = replace(begins, earlier=before.spent, lost=before.lost)
+        self.last = with_losses(replace(before, horizon=self.task.horizon), self.folder)
         self.device_s = self.last.device_s
         self.groups: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._earlier_wall_s = self.last.wall_s
+        self._noted_at = self._began
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
@@ -51,8 +61,13 @@ class TrialBook:
         return found
 
     @property
+    def horizon_is_over(self) -> bool:
+        """Whether the trial has come to the end of a horizon that is not its last."""
+        return self.last.step == self.task.horizon and self.task.lengthened is not None
+
+    @property
     def wall_s(self) -> float:
-        """Seconds since the trial began; earlier attempts count up to their last checkpoint."""
+        """Seconds since the trial began at its horizon; earlier attempts count up to their last checkpoint."""
         return self._earlier_wall_s + time.perf_counter() - self._began
 
     def evaluated(
@@ -94,6 +109,10 @@ class TrialBook:
             train_loss=train_loss,
             learning_rate=learning_rate,
             attempts=self._attempts,
+            horizon=self.task.horizon,
+            at_rung=step in self.task.rungs,
+            earlier=self.last.earlier,
+            lost=self.last.lost,
             groups=self.groups,
         )
         outcome, message = self._outcome(evaluation)
@@ -116,6 +135,17 @@ class TrialBook:
             save_checkpoint(self.folder, own | dict(saved))
         self._written_at = time.monotonic()
 
+    @property
+    def note_is_due(self) -> bool:
+        """Whether the last note was made some seconds ago."""
+        return time.perf_counter() - self._noted_at > NOTE_EVERY_S
+
+    def note(self, step: int) -> None:
+        """Write down beside the checkpoint how far the trial has come; `device_s` must be up to date."""
+        self._noted_at = time.perf_counter()
+        done = Work(steps=step, wall_s=self.wall_s, device_s=self.device_s)
+        write_note(self.folder, Note(horizon=self.task.horizon, done=done, lost=self.last.lost))
+
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
         """The report of an end between two evaluations."""
         self.last = replace(
@@ -123,6 +153,7 @@ class TrialBook:
             step=step,
             objective=math.inf,
             errors={},
+            at_rung=False,
             wall_s=self.wall_s,
             device_s=self.device_s,
             attempts=self._attempts,
@@ -147,14 +178,35 @@ class TrialBook:
             return Reason.DIVERGED, f"validation error {raw} at step {evaluation.step}"
         if evaluation.step == self.task.workload.max_steps:
             return Reason.FINISHED, ""
-        limit = self.task.time_limit_s
-        if limit is not None and evaluation.wall_s > limit:
-            return Reason.TIMED_OUT, f"{evaluation.wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
+        limit, wall_s = self.task.time_limit_s, evaluation.spent.wall_s
+        if limit is not None and wall_s > limit:
+            return Reason.TIMED_OUT, f"{wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
         return None, ""
 
 
-def _evaluation_before(checkpoint: dict[str, Any] | None) -> Evaluation:
-    """What the checkpoint had measured; step 0 where there is none."""
-    if checkpoint:
-        return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    return Evaluation.without_steps(attempts=0)
+def last_evaluation(run: Path, trial_id: str) -> Evaluation | None:
+    """What a trial's checkpoint had measured; None before the first."""
+    checkpoint = load_checkpoint(checkpoint_folder(run, trial_id))
+    return _evaluation_in(checkpoint) if checkpoint else None
+
+
+REPEATABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, WorkloadError)
+"""Errors that every further attempt from the same checkpoint would raise again."""
+
+
+def crashed(task: TrialTask, error: BaseException) -> Evaluation:
+    """The last report of a trial that no further attempt can help."""
+    last = last_evaluation(task.run, task.key.trial_id) or Evaluation.without_steps(attempts=1)
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    ended = replace(last, objective=math.inf, errors={}, at_rung=False, outcome=Reason.CRASHED, message=message)
+    return with_losses(ended, checkpoint_folder(task.run, task.key.trial_id))
+
+
+def with_losses(last: Evaluation, folder: Path) -> Evaluation:
+    """An evaluation with all that was lost after it, as the note in the trial's folder tells."""
+    note = read_note(folder)
+    return replace(last, lost=note.lost_after(last.horizon, last.done, last.lost)) if note else last
+
+
+def _evaluation_in(checkpoint: Mapping[str, Any]) -> Evaluation:
+    return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))

@@ -120,7 +120,7 @@ def lr_scheduler(task: TrialTask) -> dict[str, Any]:
             "_target_": "torch.optim.lr_scheduler.LambdaLR",
             "lr_lambda": {
                 "_target_": "tunebench.engine.schedules.learning_rate_factor",
-                "horizon": task.workload.max_steps,
+                "horizon": task.horizon,
                 **task.schedule.model_dump(mode="json"),
             },
         },

@@ -20,9 +20,11 @@ from tunebench.study.spec import (
     InWords,
     Model,
     NequipData,
+    Sampler,
     Schedule,
     ScheduleKind,
     Study,
+    Tune,
     Workload,
     XtbData,
 )
@@ -174,9 +176,21 @@ def _stage_problems(study: Study) -> Iterator[Problem]:
         yield Problem("tune.asha.grace_steps", grace, allowed)
     if study.tune.asha:
         yield from _asha_problems(study.tune.asha, study.tune.trials_per_arm)
+    if study.tune.device_seconds_per_arm is not None:
+        yield from _cap_problems(study.tune)
     if study.confirm.top_k > study.tune.trials_per_arm:
         allowed = f"at most tune.trials_per_arm = {study.tune.trials_per_arm}"
         yield Problem("confirm.top_k", study.confirm.top_k, allowed)
+
+
+def _cap_problems(tune: Tune) -> Iterator[Problem]:
+    """A cap is kept by what is known before the first step."""
+    if tune.sampler is Sampler.TPE:
+        yield Problem("tune.device_seconds_per_arm", tune.device_seconds_per_arm, "left out with sampler: tpe")
+    asha = tune.asha
+    if asha and (asha.form, asha.order) != (AshaForm.PROMOTION, AshaOrder.DETERMINISTIC):
+        allowed = "left out, or tune.asha with form: promotion, order: deterministic, whose cost is known beforehand"
+        yield Problem("tune.device_seconds_per_arm", tune.device_seconds_per_arm, allowed)
 
 
 def _asha_problems(asha: Asha, trials: int) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 _log = logging.getLogger(__name__)
 
 _LATE = "decision"
+_AFFORDED = "afforded"
 _STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 
 
@@ -71,6 +72,15 @@ class JournalWriter:
         for name in attributes.keys() - written.keys():  # a kill may have come between the study and its attributes
             self._storage.set_study_user_attr(self._studies[arm], name, attributes[name])
 
+    def afford(self, arm: str, wanted: int, count: int) -> None:
+        """Write how many of the configurations that are wanted for an arm its device-seconds pay for."""
+        self._storage.set_study_user_attr(self._studies[arm], f"{_AFFORDED} {wanted}", count)
+
+    def afforded(self, arm: str, wanted: int) -> int | None:
+        """What `afford` has written; None before that."""
+        count: int | None = self._storage.get_study_user_attrs(self._studies[arm]).get(f"{_AFFORDED} {wanted}")
+        return count
+
     def plan(
         self,
         key: TrialKey,
@@ -80,8 +90,9 @@ class JournalWriter:
         data_hash: str | None = None,
         *,
         sentinel: bool = False,
+        point: Mapping[str, float] | None = None,
     ) -> None:
-        """Enter a trial that waits to be started."""
+        """Enter a trial that waits to be started; `point` is where in the unit cube its hyperparameters come from."""
         if key.trial_id in self._trials:
             return
         template = create_trial(
@@ -95,6 +106,7 @@ class JournalWriter:
                 "seeds": dict(seeds),
                 "data_hash": data_hash,
                 "sentinel": sentinel,
+                "point": dict(point or {}),
             },
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
@@ -209,6 +221,7 @@ def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> Tri
         ledger=attributes.get("ledger", {}),
         decisions=_decisions(trial, late),
         sentinel=attributes.get("sentinel", False),
+        point=attributes.get("point", {}),
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         engine=attributes.get("engine"),

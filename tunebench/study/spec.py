@@ -234,6 +234,20 @@ class AshaOrder(StrEnum):
     ASYNCHRONOUS = "asynchronous"
 
 
+class Fidelity(StrEnum):
+    """What a trial has done at a rung: the beginning of its schedule, or a complete schedule of the rung's length."""
+
+    AUTO = "auto"
+    TRUNCATE = "truncate"
+    RESCALE = "rescale"
+
+    def under(self, schedule: Schedule) -> Fidelity:
+        """The fidelity of an arm: AUTO is TRUNCATE where the learning rate stays constant, else RESCALE."""
+        if self is not Fidelity.AUTO:
+            return self
+        return Fidelity.TRUNCATE if schedule.kind is ScheduleKind.CONSTANT else Fidelity.RESCALE
+
+
 def _sentinels(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INTEGER_LIMIT
     if value != "auto" and not number:
@@ -263,6 +277,12 @@ class Asha(Section):
         description="deterministic: a rung is decided when all who can come have come; asynchronous: at once, where "
         "one arm alone would leave devices idle",
     )
+    fidelity: Annotated[Fidelity, Field(strict=False)] = Field(
+        default=Fidelity.AUTO,
+        description="rescale: each rung ends a complete schedule of its own length, and who goes on starts anew with a "
+        "longer one; truncate: rungs cut one schedule; auto is truncate for arms whose schedule is constant, else "
+        "rescale",
+    )
     sentinels: Sentinels = Field(
         default="auto",
         description="configurations of each arm that are never stopped; auto is 15 % of them, at least 8, at most all",
@@ -284,6 +304,11 @@ class Tune(Section):
         default=Sampler.SOBOL, description="sobol, or tpe: exploratory and never ranked"
     )
     asha: Asha | None = Field(default_factory=Asha, description="early stopping; null runs every trial to the horizon")
+    device_seconds_per_arm: PositiveFloat | None = Field(
+        default=None,
+        description="cap on what an arm's search costs, in steps times calibrated seconds of a step; an arm whose "
+        "configurations may cost more has fewer of them",
+    )
 
 
 class Confirm(Section):

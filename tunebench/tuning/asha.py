@@ -107,7 +107,7 @@ class PerArmAsha(FIFOScheduler):
         if result["outcome"] is not None:
             self._undelivered += ladder.end(key.trial_id)
             return str(TrialScheduler.CONTINUE)
-        if result["step"] not in ladder.rungs:
+        if not result["at_rung"]:
             return str(TrialScheduler.CONTINUE)
         self._undelivered += ladder.arrive(key.trial_id, result["step"], result["objective"])
         fate = ladder.fate(key.trial_id, result["step"])

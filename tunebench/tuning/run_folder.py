@@ -12,14 +12,16 @@ from pathlib import Path
 
 from tunebench.study.control import Wish, ask, asked
 from tunebench.study.errors import Interrupted, RunError, RunStopped
+from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.journal import read_trials
-from tunebench.study.record import JOURNAL, STUDY_HASH
-from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.record import JOURNAL, STUDY, STUDY_HASH
+from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.spec import InWords, StudyError
 from tunebench.workloads.data import PreparedData
 
 LOCK = ".lock"
 _ENOUGH_BYTES = 200 * 2**20
-_FULL_BYTES = 20 * 2**20
+_TOLD = 3  # differences of two studies
 
 
 def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
@@ -57,7 +59,7 @@ def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
 
 def disk_is_full(run: Path, message: str) -> bool:
     """Whether an error comes from a full disk: by its message, or because there is no room for a checkpoint."""
-    return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < _FULL_BYTES
+    return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < KEPT_FREE_BYTES
 
 
 def check_data(run: Path, data: Mapping[str, PreparedData]) -> None:
@@ -94,11 +96,43 @@ def _check_wish(run: Path) -> None:
         ask(run, Wish.RESUME)
 
 
+def _differences(resolved: ResolvedStudy, run: Path) -> str:
+    """In words, where the study of a run says otherwise than another one."""
+    try:
+        frozen = resolve(run / STUDY)  # without what the run was extended to
+    except (RunError, StudyError) as error:
+        return f"its study cannot be read: {error}"
+    spaces = {name: space.model_dump(mode="json") for name, space in resolved.spaces.items()}
+    theirs = {name: space.model_dump(mode="json") for name, space in frozen.spaces.items()}
+    asked = flattened({**resolved.study.model_dump(mode="json"), "search_spaces": spaces})
+    held = flattened({**frozen.study.model_dump(mode="json"), "search_spaces": theirs})
+    nothing = InWords("nothing")
+    keys = [key for key in {**held, **asked} if held.get(key, nothing) != asked.get(key, nothing)]
+    keys = [key for key in keys if not key.endswith(".search_space")]  # a path; what it holds is compared
+    told = [f"{key}: {held.get(key, nothing)!r} there, {asked.get(key, nothing)!r} here" for key in keys[:_TOLD]]
+    more = f", and {len(keys) - _TOLD} more" if len(keys) > _TOLD else ""
+    return f"they differ in {'; '.join(told)}{more}"
+
+
+def flattened(content: object, key: str = "") -> dict[str, object]:
+    """Plain data by dotted path, as error messages name keys."""
+    if isinstance(content, dict):
+        parts = [(f"{key}.{name}".lstrip("."), part) for name, part in content.items()]
+    elif isinstance(content, list):
+        parts = [(f"{key}[{index}]", part) for index, part in enumerate(content)]
+    else:
+        return {key: content}
+    return {path: value for place, part in parts for path, value in flattened(part, place).items()}
+
+
 def _check_study(resolved: ResolvedStudy, run: Path) -> None:
     if (run / STUDY_HASH).exists():
         found = (run / STUDY_HASH).read_text(encoding="utf-8", errors="replace").strip()
         if found != resolved.hash:
-            raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
+            raise RunError(
+                f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder; "
+                f"{_differences(resolved, run)}"
+            )
     elif (run / JOURNAL).exists():
         raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")
     else:

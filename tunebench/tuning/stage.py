@@ -81,7 +81,6 @@ def run_stage(
         journal,
         scheduler,
         keys,
-        rungs,
         retention(study.keep_checkpoints),
         progress,
         names,
