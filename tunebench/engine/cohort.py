@@ -41,7 +41,7 @@ from tunebench.workloads.order import batch_order
 _log = logging.getLogger(__name__)
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the losses waits for a GPU
-_EVALUATED_AT_ONCE = 8
+_EVALUATED_AT_ONCE = {"cpu": 2, "cuda": 8}  # more fall out of a CPU's cache
 _WRITERS = 8
 _COMPILED_FROM = {"cpu": 5000, "cuda": 1000}  # steps; Inductor takes as long as thousands of plain ones
 _SHRUNK_FROM = 5000  # steps left that pay for compiling a smaller step
@@ -89,7 +89,7 @@ class Cohort:
         self._shelf = ModuleShelf()
         model = self._shelf.module(task, training_module(task))[0].model
         self._functions = WorkloadFunctions(task, model, cache, compiled=self._compiled)
-        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE, slots))
+        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE[task.device], slots))
         self._places: dict[str, Place] = {}
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
