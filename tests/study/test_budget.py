@@ -67,6 +67,36 @@ def test_no_outcome_of_the_rungs_costs_more_than_was_paid_for(tmp_path: Path, fi
         assert spent <= 60.0 + 1e-9
 
 
+def test_an_extended_arm_pays_for_those_its_rungs_had_let_go_on_and_for_the_best_of_all(tmp_path: Path) -> None:
+    study, draw = capped(tmp_path), np.random.default_rng(1)
+    arm, asha = arm_of(study), study.study.tune.asha
+    assert asha is not None
+    for _ in range(100):
+        names, step_s = [f"t{index}" for index in range(9)], draw.uniform(0.1, 5.0, 9).tolist()
+        before, going = Ladder(asha, arm.rungs, names[:5], fewest=2), dict.fromkeys(names, 0)
+        after = Ladder(asha, arm.rungs, names, fewest=2)
+        for ladder, trials in ((before, names[:5]), (after, names)):
+            for rung in arm.rungs:
+                at_rung = [name for name in trials if going[name] == rung or (rung == 1 and not going[name])]
+                made = [each for name in at_rung for each in ladder.arrive(name, rung, float(draw.random()))]
+                made += ladder.settle()
+                for name in trials:
+                    decided = [each for each in made if each.trial == name and each.rung == rung]
+                    if decided and decided[0].fate is Fate.GO_ON:
+                        going[name] = {1: 3, 3: 9}[rung]
+                if ladder is before:
+                    for each in made:
+                        after.rebuild(each.trial, {rung: each.value}, [each.to_plain()], ended=False)
+        legs = {0: 1, 3: 3, 9: 9}
+        spent = sum(legs[end] * step_s[int(name[1:])] for name, end in going.items())
+        assert spent <= most_device_s(arm, asha, step_s, (), 2, decided=[5]) + 1e-9
+
+
+def test_configurations_that_an_arm_has_stay_whatever_the_cap(tmp_path: Path) -> None:
+    study = capped(tmp_path)
+    assert affordable(arm_of(study), study.study.tune.asha, [10.0] * 9, (), 2, 50.0, decided=[5]) == 5
+
+
 def test_a_cap_pays_for_fewer_configurations_of_an_arm_with_dearer_steps(tmp_path: Path) -> None:
     rows = plan_summary(capped(tmp_path), {"ethanol/adamw": 1.0, "ethanol/schedule_free": 4.0})["arms"]
     assert [(row["trials"], row["trials_without_cap"], row["cap_device_s"]) for row in rows] == [

@@ -20,7 +20,12 @@ def cap_of(arm: ArmPlan, tune: Tune) -> float | None:
 
 
 def most_device_s(
-    arm: ArmPlan, asha: Asha | None, step_s: Sequence[float], sentinels: Collection[int], fewest: int
+    arm: ArmPlan,
+    asha: Asha | None,
+    step_s: Sequence[float],
+    sentinels: Collection[int],
+    fewest: int,
+    decided: Collection[int] = (),
 ) -> float:
     """Device-seconds of an arm's search if the dearest of its configurations are those that go on.
 
@@ -30,21 +35,33 @@ def most_device_s(
         step_s: seconds of a step of each configuration that it searches, in their order.
         sentinels: indices of those that go on in any case.
         fewest: trials that a rung lets go on at least.
+        decided: numbers of configurations that the arm had before each extension. Their rungs had been decided, and
+            whom those let go on goes on beside the best of all.
     """
     stretches = legs(arm.rungs, arm.workload.max_steps, arm.fidelity)
     spared = [seconds for index, seconds in enumerate(step_s) if index in sentinels]
     others = sorted((seconds for index, seconds in enumerate(step_s) if index not in sentinels), reverse=True)
-    going, total = len(step_s), stretches[0] * sum(step_s)
+    competing, total = [len(step_s), *decided], stretches[0] * sum(step_s)
     for steps in stretches[1:]:
         assert asha is not None
-        going = promoted(asha, going, fewest)
-        total += steps * (sum(spared) + sum(others[:going]))
+        competing = [promoted(asha, count, fewest) for count in competing]
+        total += steps * (sum(spared) + sum(others[: sum(competing)]))
     return total
 
 
 def affordable(
-    arm: ArmPlan, asha: Asha | None, step_s: Sequence[float], sentinels: Collection[int], fewest: int, cap_s: float
+    arm: ArmPlan,
+    asha: Asha | None,
+    step_s: Sequence[float],
+    sentinels: Collection[int],
+    fewest: int,
+    cap_s: float,
+    decided: Collection[int] = (),
 ) -> int:
-    """How many of an arm's configurations, from the first on, cost no more than a cap; arguments as before."""
-    counts = range(len(step_s), 0, -1)
-    return next((n for n in counts if most_device_s(arm, asha, step_s[:n], sentinels, fewest) <= cap_s), 0)
+    """How many of an arm's configurations, from the first on, cost no more than a cap; other arguments as before.
+
+    Those that an arm has already stay, whatever they cost.
+    """
+    counts = range(len(step_s), max(decided, default=0), -1)
+    fits = (n for n in counts if most_device_s(arm, asha, step_s[:n], sentinels, fewest, decided) <= cap_s)
+    return next(fits, max(decided, default=0))

@@ -81,6 +81,12 @@ class JournalWriter:
         count: int | None = self._storage.get_study_user_attrs(self._studies[arm]).get(f"{_AFFORDED} {wanted}")
         return count
 
+    def afforded_before(self, arm: str, wanted: int) -> list[int]:
+        """What `afford` has written for smaller numbers of configurations, before the run was extended."""
+        written = self._storage.get_study_user_attrs(self._studies[arm])
+        numbers = (int(name.split()[1]) for name in written if name.startswith(f"{_AFFORDED} "))
+        return [written[f"{_AFFORDED} {number}"] for number in sorted(numbers) if number < wanted]
+
     def plan(
         self,
         key: TrialKey,

@@ -53,7 +53,8 @@ def afforded(
     times = _step_seconds(resolved, data, searched, open_arms, run, say) if open_arms else {}
     for arm in open_arms:
         spared = sentinels[arm.workload.name]
-        found[arm.name] = _afforded(resolved, arm, times[arm.name], spared)
+        decided = journal.afforded_before(arm.name, arm.trials)
+        found[arm.name] = _afforded(resolved, arm, times[arm.name], spared, decided)
     for arm in open_arms:  # when every arm is known to have enough
         count = found[arm.name]
         assert count is not None
@@ -64,11 +65,17 @@ def afforded(
     return {name: count for name, count in found.items() if count is not None}
 
 
-def _afforded(resolved: ResolvedStudy, arm: ArmPlan, step_s: Sequence[float], sentinels: Collection[int]) -> int:
+def _afforded(
+    resolved: ResolvedStudy,
+    arm: ArmPlan,
+    step_s: Sequence[float],
+    sentinels: Collection[int],
+    decided: Collection[int],
+) -> int:
     tune, fewest = resolved.study.tune, resolved.study.confirm.top_k
     cap = cap_of(arm, tune)
     assert cap is not None
-    count = affordable(arm, tune.asha, step_s, sentinels, fewest, cap)
+    count = affordable(arm, tune.asha, step_s, sentinels, fewest, cap, decided)
     needed = min(fewest, arm.trials)
     if count < needed:
         least = most_device_s(arm, tune.asha, step_s[:needed], sentinels, fewest)

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunebench.study.control import Wish, ask, asked
+from tunebench.study.difference import differences
 from tunebench.study.errors import Interrupted, RunError, RunStopped
 from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.journal import read_trials
 from tunebench.study.record import JOURNAL, STUDY, STUDY_HASH
 from tunebench.study.resolve import ResolvedStudy, resolve
-from tunebench.study.spec import InWords, StudyError
+from tunebench.study.spec import StudyError
 from tunebench.workloads.data import PreparedData
 
 LOCK = ".lock"
@@ -96,33 +97,14 @@ def _check_wish(run: Path) -> None:
         ask(run, Wish.RESUME)
 
 
-def _differences(resolved: ResolvedStudy, run: Path) -> str:
+def _told_apart(resolved: ResolvedStudy, run: Path) -> str:
     """In words, where the study of a run says otherwise than another one."""
     try:
-        frozen = resolve(run / STUDY)  # without what the run was extended to
+        found = differences(resolve(run / STUDY), resolved)
     except (RunError, StudyError) as error:
         return f"its study cannot be read: {error}"
-    spaces = {name: space.model_dump(mode="json") for name, space in resolved.spaces.items()}
-    theirs = {name: space.model_dump(mode="json") for name, space in frozen.spaces.items()}
-    asked = flattened({**resolved.study.model_dump(mode="json"), "search_spaces": spaces})
-    held = flattened({**frozen.study.model_dump(mode="json"), "search_spaces": theirs})
-    nothing = InWords("nothing")
-    keys = [key for key in {**held, **asked} if held.get(key, nothing) != asked.get(key, nothing)]
-    keys = [key for key in keys if not key.endswith(".search_space")]  # a path; what it holds is compared
-    told = [f"{key}: {held.get(key, nothing)!r} there, {asked.get(key, nothing)!r} here" for key in keys[:_TOLD]]
-    more = f", and {len(keys) - _TOLD} more" if len(keys) > _TOLD else ""
-    return f"they differ in {'; '.join(told)}{more}"
-
-
-def flattened(content: object, key: str = "") -> dict[str, object]:
-    """Plain data by dotted path, as error messages name keys."""
-    if isinstance(content, dict):
-        parts = [(f"{key}.{name}".lstrip("."), part) for name, part in content.items()]
-    elif isinstance(content, list):
-        parts = [(f"{key}[{index}]", part) for index, part in enumerate(content)]
-    else:
-        return {key: content}
-    return {path: value for place, part in parts for path, value in flattened(part, place).items()}
+    more = f", and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    return f"they differ in {'; '.join(found[:_TOLD])}{more}"
 
 
 def _check_study(resolved: ResolvedStudy, run: Path) -> None:
@@ -131,7 +113,7 @@ def _check_study(resolved: ResolvedStudy, run: Path) -> None:
         if found != resolved.hash:
             raise RunError(
                 f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder; "
-                f"{_differences(resolved, run)}"
+                f"{_told_apart(resolved, run)}"
             )
     elif (run / JOURNAL).exists():
         raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")

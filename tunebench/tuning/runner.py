@@ -178,11 +178,17 @@ class _Run:
 
     def _afforded(self, searched: Searched) -> dict[str, int]:
         """Configurations of each arm that its device-seconds pay for."""
+        # an extension draws anew; who was a sentinel before stays one
+        before = [record.key for record in read_trials(self._options.run) if record.sentinel]
+        drawn = {
+            workload: indices | {key.config_index for key in before if key.workload == workload}
+            for workload, indices in self._sentinels.items()
+        }
         return afforded(
             self._resolved,
             self._data,
             searched,
-            self._sentinels,
+            drawn,
             self._arms,
             self._options.run,
             self._journal,
