@@ -15,6 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._storage import JournalOperation  # the only place that names the entries of a journal
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -32,16 +33,33 @@ def read_trials(run: Path) -> list[TrialRecord]:
     Raises:
         FileNotFoundError: the run has no journal.
     """
-    path = run / JOURNAL
-    if not path.is_file():  # Optuna would create it
-        raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
-    storage = _open(path)
+    storage = _open(_journal_file(run))
     return [
         _record(trial, late)
         for study in storage.get_all_studies()
         for late in [_late_decisions(study.user_attrs)]
         for trial in storage.get_all_trials(study._study_id, deepcopy=False)
     ]
+
+
+def read_passages(run: Path) -> list[tuple[str, int | None]]:
+    """Every rung that a trial reached, as (trial id, step), and every end, as (trial id, None), in the order written.
+
+    Raises:
+        FileNotFoundError: the run has no journal.
+    """
+    path = _journal_file(run)
+    trials: list[str] = []  # Optuna numbers trials as they come
+    passages: list[tuple[str, int | None]] = []
+    for entry in _backend(path).read_logs(0):
+        match entry["op_code"]:
+            case JournalOperation.CREATE_TRIAL:
+                trials.append(entry["user_attrs"]["trial_id"])
+            case JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE:
+                passages.append((trials[entry["trial_id"]], entry["step"]))
+            case JournalOperation.SET_TRIAL_STATE_VALUES if TrialState(entry["state"]).is_finished():
+                passages.append((trials[entry["trial_id"]], None))
+    return passages
 
 
 class JournalWriter:
@@ -168,9 +186,20 @@ def mend_torn_tail(path: Path) -> None:
             file.truncate(whole)
 
 
+def _journal_file(run: Path) -> Path:
+    path = run / JOURNAL
+    if not path.is_file():  # Optuna would create it
+        raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
+    return path
+
+
 def _open(path: Path) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    return JournalStorage(_backend(path))
+
+
+def _backend(path: Path) -> JournalFileBackend:
+    return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
 
 
 def _late(trial_id: str, rung: int) -> str:
