@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter, mend_torn_tail, read_trials
 from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 
@@ -247,6 +248,31 @@ def test_no_journal_is_an_error_and_none_is_made(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no journal here, allowed: a run directory"):
         read_trials(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda lines: [*lines[:4], b"{}\n", *lines[4:]], "line 5 is no entry"),
+        (lambda lines: [*lines[:-1], lines[-1].replace(b"{", b"[", 1)], "line 21 is no entry"),
+        (lambda lines: [line.replace(b"tune.c001", b"tune.c007") for line in lines], "c007.s0' of arm 'ethanol/lamb'"),
+        (lambda lines: [line.replace(b'"steps":9', b'"steps":""') for line in lines], "c000.s0': ledger.steps: Input"),
+        (lambda lines: lines[1:], "0 of 2 trials can be read"),
+    ],
+)
+def test_a_damaged_journal_is_refused_in_one_line_by_reader_and_driver(
+    tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]], what: str
+) -> None:
+    write_everything(tmp_path)
+    damaged = b"".join(damage((tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)))
+    (tmp_path / JOURNAL).write_bytes(damaged)
+    for use in (read_trials, JournalWriter):
+        with pytest.raises(
+            RunError, match=r"journal.log: found an unreadable journal \(.+\), allowed: Optuna's"
+        ) as caught:
+            use(tmp_path)
+        assert what in str(caught.value)
+    assert (tmp_path / JOURNAL).read_bytes() == damaged
 
 
 def test_reading_writes_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
