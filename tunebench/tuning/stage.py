@@ -96,8 +96,8 @@ def run_stage(
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
-        trials, callbacks = [*tenants, *alone], [recorder, _Watching(boards)]
-        _fit(trainable, trials, queue, scheduler, callbacks, options.run, stage, study.resources)
+        trials, callbacks = [*tenants, *alone], [recorder, Watching(boards)]
+        fit(trainable, trials, queue, scheduler, callbacks, options.run, stage, study.resources)
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
@@ -106,7 +106,7 @@ def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
     return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
 
 
-def _fit(
+def fit(
     trainable: Any,
     trials: list[str],
     queue: TrialQueue,
@@ -139,7 +139,7 @@ def _fit(
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
 
 
-class _Watching(tune.Callback):
+class Watching(tune.Callback):
     """Shows the arms of a stage while Tune works on it."""
 
     def __init__(self, boards: ArmBoards) -> None:
@@ -149,6 +149,7 @@ class _Watching(tune.Callback):
         return {}  # Tune pickles its callbacks, and a resumed run makes its own
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Show what is new, where it is time to."""
         self._boards.show_when_due()
 
 
