@@ -88,7 +88,8 @@ class JournalWriter:
         mend_torn_tail(path)
         if path.exists():
             read_trials(run)  # refuses what is damaged: what a driver adds to it would not mend it
-        self._storage = _open(path)
+        self._backend = _BatchBackend(path)
+        self._storage = JournalStorage(self._backend)
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         self._trials: dict[str, int] = {}
         for study_id in self._studies.values():
@@ -174,18 +175,44 @@ class JournalWriter:
         if self._trial(key).state.is_finished():
             return
         self.start(key)
-        for name, content in {"detail": detail, "ledger": ledger, "result": result}.items():
-            self._set(key, name, dict(content))
-        self._set(key, "reason", reason.value)
         state = _STATES.get(reason, TrialState.FAIL)
         values = None if value is None or state == TrialState.FAIL else [value]
-        self._storage.set_trial_state_values(self._trials[key.trial_id], state, values)
+        with self._backend.batch():
+            for name, content in {"detail": detail, "ledger": ledger, "result": result}.items():
+                self._set(key, name, dict(content))
+            self._set(key, "reason", reason.value)
+            self._storage.set_trial_state_values(self._trials[key.trial_id], state, values)
 
     def _trial(self, key: TrialKey) -> FrozenTrial:
         return self._storage.get_trial(self._trials[key.trial_id])
 
     def _set(self, key: TrialKey, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(self._trials[key.trial_id], name, value)
+
+
+class _BatchBackend(JournalFileBackend):
+    """Writes the entries of a batch at once: each write waits for the disk, and a trial's end is five entries."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lock_obj=JournalFileOpenLock(str(path)))
+        self._held: list[dict[str, Any]] | None = None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is None:
+            super().append_logs(logs)
+        else:
+            self._held += logs
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Hold back what is written inside, and nothing of it reaches the disk if the block fails."""
+        self._held = []
+        try:
+            yield
+            held, self._held = self._held, None
+            super().append_logs(held)
+        finally:
+            self._held = None
 
 
 def mend_torn_tail(path: Path) -> None:
