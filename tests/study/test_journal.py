@@ -310,3 +310,38 @@ def test_trials_are_listed_arm_by_arm_in_the_order_of_their_planning(tmp_path: P
     assert [(t.key.arm, t.key.config_index) for t in read_trials(tmp_path)] == [
         (arm, index) for arm in arms for index in (2, 0, 1)
     ]
+
+
+def test_the_end_of_a_trial_waits_for_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    journal.start(trial)
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    end(journal, trial)
+    assert len(waits) == 1
+    (record,) = read_trials(tmp_path)
+    assert (record.reason, record.ledger, record.result) == (Reason.FINISHED, LEDGER, RESULT)
+
+
+def test_an_end_that_the_disk_refuses_leaves_the_trial_open_and_can_be_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    journal.start(trial)
+    written = (tmp_path / JOURNAL).read_bytes()
+
+    def refuse(file: int) -> None:
+        (tmp_path / JOURNAL).write_bytes(written)  # nothing of it is on the disk
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        end(journal, trial)
+    monkeypatch.undo()
+    assert [record.state for record in read_trials(tmp_path)] == ["RUNNING"]
+    end(journal, trial)
+    assert [record.reason for record in read_trials(tmp_path)] == [Reason.FINISHED]

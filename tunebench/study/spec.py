@@ -149,7 +149,7 @@ class Schedule(Section):
     )
     warmup_fraction: Fraction = Field(default=0.05, description="linear warm-up, as a fraction of the horizon")
     decay_fraction: Fraction = Field(default=0.2, description="last part that decays; warmup_stable_decay only")
-    final_factor: Fraction = Field(default=0.0, description="factor at the horizon")
+    final_factor: Fraction = Field(default=0.0, description="factor at the horizon; not with constant")
 
 
 class Workload(Section):
