@@ -150,9 +150,14 @@ def _size_problems(workload: Workload, key: str) -> Iterator[Problem]:
 
 
 def _schedule_problems(schedule: Schedule, key: str) -> Iterator[Problem]:
+    """A setting that its kind does not read would be ignored without a word."""
+    if schedule.kind is ScheduleKind.CONSTANT and schedule.final_factor != Schedule().final_factor:
+        yield Problem(f"{key}.final_factor", schedule.final_factor, "left out: a constant schedule does not decay")
     if schedule.kind is not ScheduleKind.WARMUP_STABLE_DECAY:
-        return
-    if schedule.warmup_fraction + schedule.decay_fraction > 1.0:
+        if schedule.decay_fraction != Schedule().decay_fraction:
+            allowed = f"left out unless kind is {ScheduleKind.WARMUP_STABLE_DECAY}"
+            yield Problem(f"{key}.decay_fraction", schedule.decay_fraction, allowed)
+    elif schedule.warmup_fraction + schedule.decay_fraction > 1.0:
         rest = 1.0 - schedule.warmup_fraction
         yield Problem(f"{key}.decay_fraction", schedule.decay_fraction, f"at most 1 - warmup_fraction = {rest:g}")
 

@@ -149,7 +149,7 @@ class Schedule(Section):
     )
     warmup_fraction: Fraction = Field(default=0.05, description="linear warm-up, as a fraction of the horizon")
     decay_fraction: Fraction = Field(default=0.2, description="last part that decays; warmup_stable_decay only")
-    final_factor: Fraction = Field(default=0.0, description="factor at the horizon")
+    final_factor: Fraction = Field(default=0.0, description="factor at the horizon; not with constant")
 
 
 class Workload(Section):
@@ -429,10 +429,15 @@ class StudyError(Exception):
         place = f"{file}: {key}" if key else str(file)
         others = f" (and {more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
         line = f"{place}: found {_shortened(found)}, allowed: {allowed}{others}"
-        super().__init__(" ".join(line.splitlines()))
+        super().__init__(_printable(" ".join(line.splitlines())))
 
     def __reduce__(self) -> tuple[type[StudyError], tuple[str, str, object, str, int]]:
         return type(self), (self.file, self.key, self.found, self.allowed, self.more)
+
+
+def _printable(line: str) -> str:
+    """A line that a terminal shows and does not obey: a key may hold whatever YAML can write."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
 
 
 def _shortened(value: object, limit: int = 120) -> str:

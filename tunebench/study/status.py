@@ -156,6 +156,8 @@ def _why(trial: TrialRecord) -> str:
         case Reason.FINISHED:
             objective = "an objective that is not finite" if trial.value is None else f"objective {trial.value:.5g}"
             return f"finished its horizon with {objective}"
+        case Reason.STOPPED_ASHA if not {"rung", "cutoff", "value", "recorded"} <= detail.keys():
+            return "stopped at a rung that the journal does not name"
         case Reason.STOPPED_ASHA:
             if not math.isfinite(detail["value"]):
                 return f"stopped at rung {detail['rung']}: its objective {detail['value']} is not finite"

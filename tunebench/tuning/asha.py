@@ -129,19 +129,22 @@ class PerArmAsha(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
-        paused: list[Trial] = [trial for trial in tune_controller.get_trials() if trial.status == Trial.PAUSED]
+        by_status: dict[str, list[Trial]] = {status: [] for status in (Trial.PAUSED, Trial.RUNNING, Trial.PENDING)}
+        for trial in tune_controller.get_trials():  # every trial of the study, at every step of Tune: one look at each
+            if trial.status in by_status:
+                by_status[trial.status].append(trial)
+        paused, pending = by_status[Trial.PAUSED], by_status[Trial.PENDING]
         for trial in paused:
             if self._fate(trial) is Fate.STOP:
                 tune_controller.stop_trial(trial)
-        trials = tune_controller.get_trials()
-        active = {t.config["trial"] for t in trials if t.status in (Trial.RUNNING, Trial.PENDING)}
-        for trial in paused:
-            name = trial.config["trial"]
-            if self._may_go_on(trial) and self._room_for(name, active - self.waiting):
-                self._forget(trial)
-                return trial
-        pending: Trial | None = next((trial for trial in trials if trial.status == Trial.PENDING), None)
-        return pending
+        promoted = [trial for trial in paused if self._may_go_on(trial)]
+        if promoted:
+            active = {trial.config["trial"] for trial in (*by_status[Trial.RUNNING], *pending)} - self.waiting
+            for trial in promoted:
+                if self._room_for(trial.config["trial"], active):
+                    self._forget(trial)
+                    return trial
+        return pending[0] if pending else None
 
     def debug_string(self) -> str:
         """One line per arm: rung and number of trials seen there."""

@@ -27,6 +27,7 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
+from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.device_budget import Searched, afforded
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
@@ -118,6 +119,7 @@ class _Run:
         }
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
+        self._boards = ArmBoards(options.run, self._arms, console)
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
         for line in changed:
             console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
@@ -215,6 +217,16 @@ class _Run:
         self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel, point=point)
 
     def _run_stage(self, stage: Stage) -> None:
+        self._boards.show()
+        try:
+            self._run_open_trials(stage)
+        finally:
+            self._boards.show()
+        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
+        if left:
+            raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
+
+    def _run_open_trials(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
         tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
         if tasks:
@@ -233,12 +245,10 @@ class _Run:
                 self._engines,
                 self._pool,
                 self._journal,
+                self._boards,
                 self._options,
                 self._console,
             )
-        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
-        if left:
-            raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
 
     def _choose_engines(self, workloads: set[str]) -> None:
         """Decide once per start what trains each workload, and say where it is not what was asked for."""
