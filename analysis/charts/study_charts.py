@@ -82,7 +82,7 @@ def label_chart(run: Run, labels: LabelEfficiency) -> Chart | None:
         marks=tuple(mark for name in labels.curves for mark in _label_marks(run, labels, name)),
     )
     return Chart(
-        name=f"labels-{next(iter(labels.workloads.values()))}",
+        name=f"labels-{labels.workloads[max(labels.workloads)]}",
         title="Label efficiency",
         caption="Test error against the share of frames that keep their force labels: interquartile mean over seeds "
         f"with its 95 % interval. The table says which share reaches the error of {labels.baseline} with the most.",
