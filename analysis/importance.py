@@ -18,9 +18,7 @@ from analysis.statistics import Floats, Indices
 
 MINIMUM_TRIALS = 8
 """Fewer trials say nothing about importance."""
-MOST_FANOVA_TRIALS = 128
-"""fANOVA's time grows with the square of the number of trials, 12 s for a thousand: of more it takes a sample."""
-_TREES = 32
+_TREES = 24
 _BEST_SHARE, _FEWEST_BEST = 0.1, 4
 """PED-ANOVA asks what the best tenth of the trials has in common, and never fewer than four of them."""
 
@@ -30,6 +28,10 @@ class Method(StrEnum):
 
     PED_ANOVA = "ped_anova"
     FANOVA = "fanova"
+
+
+MOST_TRIALS = {Method.PED_ANOVA: 400, Method.FANOVA: 64}
+"""Of more trials a method takes a random sample: fANOVA's time grows with their square, to 12 s for a thousand."""
 
 
 def importance(
@@ -48,7 +50,7 @@ def importance(
             finite error.
         distributions: ranges by name.
         method: which of the two.
-        seed: seed of fANOVA's forest and of its sample of trials; PED-ANOVA draws nothing.
+        seed: seed of the sample of trials and of fANOVA's forest.
 
     Returns:
         ``None`` for fewer than eight trials, for fewer than two hyperparameters, or where no two errors differ.
@@ -72,10 +74,10 @@ def importance(
 
 
 def _places(method: Method, trials: int, seed: int) -> Indices:
-    """Which trials a method looks at: all of them, but for fANOVA a random sample where there are many."""
-    if method is not Method.FANOVA or trials <= MOST_FANOVA_TRIALS:
+    """Which trials a method looks at: all of them, or a random sample where there are many."""
+    if trials <= MOST_TRIALS[method]:
         return np.arange(trials, dtype=np.intp)
-    drawn = np.random.default_rng(seed).choice(trials, size=MOST_FANOVA_TRIALS, replace=False)
+    drawn = np.random.default_rng(seed).choice(trials, size=MOST_TRIALS[method], replace=False)
     return np.sort(drawn).astype(np.intp)
 
 
