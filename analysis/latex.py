@@ -25,7 +25,6 @@ _ESCAPES = {
     "~": r"\textasciitilde{}",
     "\N{MINUS SIGN}": "$-$",
     "\N{EN DASH}": "--",
-    "\N{NO-BREAK SPACE}": "~",
     "Å": r"\AA{}",
     "∞": r"$\infty$",
     "<": "$<$",
@@ -49,8 +48,8 @@ def write_latex(ranking: Ranking, folder: Path) -> None:
 
 
 def escaped(text: str) -> str:
-    """Text that LaTeX typesets as it is."""
-    return "".join(_ESCAPES.get(character, character) for character in " ".join(text.split("\n")))
+    """Text that LaTeX typesets as it is, in one line."""
+    return "".join(_ESCAPES.get(character, character) for character in " ".join(text.split()))
 
 
 def tabular(columns: Sequence[str], alignment: str, rows: Iterable[Sequence[str]], caption: str) -> str:

@@ -126,14 +126,16 @@ class Chart:
         return tuple(first.values())
 
 
-# Ticks of a decade by the span (highest over lowest) of the axis.
-_LOG_PARTS: tuple[tuple[float, tuple[float, ...]], ...] = (
-    (1.3, (1.0, 1.05, 1.1, 1.15, *(part / 10.0 for part in range(12, 30)), *(part / 5.0 for part in range(15, 50)))),
-    (2.0, (1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0)),
-    (4.0, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)),
-    (15.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),
-    (300.0, (1.0, 2.0, 5.0)),
-    (math.inf, (1.0,)),
+# Ticks of a decade, from the closest together to the decade alone.
+_LOG_PARTS: tuple[tuple[float, ...], ...] = (
+    tuple(part / 20.0 for part in range(20, 200)),
+    tuple(part / 10.0 for part in range(10, 100)),
+    (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.0),
+    (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 3.0),
+    (1.0,),
 )
 CSV_COLUMNS = ("panel", "series", "kind", "x_axis", "y_axis", "x", "y", "low", "high", "words")
 
@@ -158,16 +160,19 @@ def _one_line(title: str) -> str:
     return " ".join(title.split())
 
 
-def log_ticks(axis: Axis) -> list[float]:
-    """Round numbers between the ends of a logarithmic axis, closer together where it spans less than a decade."""
+def log_ticks(axis: Axis, most: int = 8) -> list[float]:
+    """At most so many round numbers between the ends of a logarithmic axis, as close together as that allows."""
     assert axis.low is not None
     assert axis.high is not None
-    low, high = axis.low, axis.high
+    low, high = axis.low * (1.0 - 1e-9), axis.high * (1.0 + 1e-9)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    parts = next(parts for span, parts in _LOG_PARTS if high / low < span)
-    places = [float(f"{part}e{decade}") for decade in decades for part in parts]
-    inside = [place for place in places if low * (1.0 - 1e-9) <= place <= high * (1.0 + 1e-9)]
-    return [place for place in inside if place.is_integer()] if axis.integer else inside
+    inside: list[float] = []
+    for parts in _LOG_PARTS:
+        places = (float(f"{part:.6g}e{decade}") for decade in decades for part in parts)
+        inside = [place for place in places if low <= place <= high and (place.is_integer() or not axis.integer)]
+        if len(inside) <= most:
+            return inside
+    return inside[:: math.ceil(len(inside) / most)]
 
 
 def limits(values: Iterable[float], *, log: bool, margin: float = 0.05) -> tuple[float, float]:

@@ -19,6 +19,8 @@ from analysis.statistics import Floats
 _INCHES_PER_LINE = 0.165
 _LEGEND_COLUMNS = 5
 _MOST_MARKERS = 7
+_MOST_TICKS = 4
+"""Along the narrow side of a panel of four in a row."""
 _SIZES = {Fill.FULL: 4.5, Fill.HOLLOW: 4.5, Fill.CROSS: 5.0, Fill.FAINT: 2.6}
 
 
@@ -28,7 +30,7 @@ def draw(chart: Chart) -> Figure:
     legend_rows = math.ceil(len(labels) / _LEGEND_COLUMNS)
     height = _INCHES_PER_LINE * (chart.rows * chart.height + 1.2 * legend_rows)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-    grid = figure.subplots(chart.rows, chart.columns, sharey="row", squeeze=False).flat
+    grid = list(figure.subplots(chart.rows, chart.columns, sharey="row", squeeze=False).flat)
     for axes, panel in zip(grid, chart.panels, strict=False):
         _draw_panel(axes, panel)
     for place, axes in enumerate(grid):
@@ -67,11 +69,12 @@ def _scale(axes: Axes, axis: Axis, name: str) -> None:
 
 def _tick(axes: Axes, axis: Axis, name: str) -> None:
     of = getattr(axes, f"{name}axis")
+    most = _MOST_TICKS if name == "x" else 2 * _MOST_TICKS
     if axis.ticks:
         getattr(axes, f"set_{name}ticks")(range(len(axis.ticks)), list(axis.ticks))
         of.set_tick_params(length=0)
     elif axis.log:
-        of.set_major_locator(FixedLocator(log_ticks(axis)))
+        of.set_major_locator(FixedLocator(log_ticks(axis, most)))
         of.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         of.set_minor_locator(NullLocator())
     else:
@@ -103,7 +106,8 @@ def _draw_dots(axes: Axes, mark: Mark) -> None:
     if mark.low is not None and mark.high is not None:
         for place in np.flatnonzero(np.isfinite(mark.low)):
             _interval(axes, mark, int(place), float(mark.low[place]), float(mark.high[place]))
-    axes.plot(mark.x[seen], mark.y[seen], **_dot_style(mark), zorder=3)
+    if seen.any():  # an empty line that is not clipped has no extent, and the layout gives up
+        axes.plot(mark.x[seen], mark.y[seen], **_dot_style(mark), zorder=3)
 
 
 def _dot_style(mark: Mark) -> dict[str, Any]:

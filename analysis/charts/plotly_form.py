@@ -118,11 +118,12 @@ def _dots(mark: Mark, right: float, top: float) -> list[dict[str, Any]]:
         return [trace]
     along_x = mark.along is Along.X
     centre, edge = (mark.x, right) if along_x else (mark.y, top)
+    placed = np.isfinite(centre) & np.isfinite(mark.low)
     trace[f"error_{mark.along}"] = {
         "type": "data",
         "symmetric": False,
-        "array": _numbers(np.minimum(mark.high, edge) - centre),
-        "arrayminus": _numbers(centre - np.where(np.isfinite(mark.low), mark.low, centre)),
+        "array": _numbers(np.subtract(np.minimum(mark.high, edge), centre, where=placed, out=np.zeros_like(centre))),
+        "arrayminus": _numbers(np.subtract(centre, mark.low, where=placed, out=np.zeros_like(centre))),
         "color": colour,
         "thickness": 2,
         "width": 0,
@@ -196,8 +197,8 @@ def _layout(chart: Chart, columns: int, legend: int) -> dict[str, Any]:
         across, down = _across(column, columns), _down(row, rows, panel_pixels, plot)
         first = row * columns + 1
         name = _number(place + 1)
-        layout[f"xaxis{name}"] = {**_axis(panel.x), "domain": across, "anchor": f"y{name}"}
-        y = {**_axis(panel.y), "domain": down, "anchor": f"x{name}"}
+        layout[f"xaxis{name}"] = {**_axis(panel.x, 4 if columns > 1 else 8), "domain": across, "anchor": f"y{name}"}
+        y = {**_axis(panel.y, 8), "domain": down, "anchor": f"x{name}"}
         if column:
             y |= {"matches": f"y{_number(first)}", "showticklabels": False}
             del y["title"]
@@ -224,7 +225,7 @@ def _title(text: str, x: float, y: float) -> dict[str, Any]:
     return {**place, "text": f"<b>{text}</b>", "showarrow": False, "yshift": 4}
 
 
-def _axis(axis: Axis) -> dict[str, Any]:
+def _axis(axis: Axis, most_ticks: int) -> dict[str, Any]:
     title = {"text": axis.title.replace("\n", "<br>"), "standoff": 8, "font": {"size": 13}}
     if axis.ticks:
         words = [word.replace("\n", "<br>") for word in axis.ticks]
@@ -232,7 +233,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
         return {"title": title, **places, "range": [len(words) - 0.5, -0.5], "automargin": True, "zeroline": False}
     found: dict[str, Any] = {"title": title, "automargin": True, "zeroline": False}
     if axis.log:
-        ticks = log_ticks(axis)
+        ticks = log_ticks(axis, most_ticks)
         found |= {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     elif axis.integer:
         found |= {"tickformat": "d"}

@@ -106,12 +106,11 @@ def best_of_n_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
     values = [value for curve in curves.values() for value in (*curve.optimistic, *curve.pessimistic)]
     low, high = limits(values, log=True)
     fewest, most = limits((n for curve in curves.values() for n in curve.n), log=True)
-    title = f"expected best objective\n{objective_label(run.study.objective)}"
     panels = tuple(
         Panel(
             title=name,
             x=Axis(title="configurations", log=True, low=fewest, high=most, integer=True),
-            y=Axis(title=title, log=True, low=low, high=high),
+            y=Axis(title="expected best objective", log=True, low=low, high=high),
             marks=(
                 *(_behind(other, curve) for other, curve in curves.items() if other != name),
                 _all_trials(name, curves[name], look(name, run.optimizers)),
@@ -126,7 +125,7 @@ def best_of_n_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
         caption="What a search of n configurations may expect to find (U-statistic; no order of the trials enters), "
         "grey: the other arms. Line: a stopped trial never improves; band: from there down to stopped trials that end "
         "like their arm's best finisher, with 80 % of bootstraps. Dots with bars: sentinels alone, which nothing "
-        "stopped, with 80 % of bootstraps.",
+        f"stopped, with 80 % of bootstraps. Objective: {objective_label(run.study.objective)}.",
         panels=panels,
         columns=min(_PANELS, len(panels)),
         height=11.0,
