@@ -1,4 +1,4 @@
-"""``python -m analysis RUN``: rank a run and write its report; ``algoperf DIR``: score AlgoPerf's logs."""
+"""``python -m analysis RUN``: rank a run and write its report; its other verbs are compare, watch and algoperf."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from analysis.json_form import to_json
 from analysis.load import load
 from analysis.ranking import Ranking, rank
 from analysis.report import write_pages
+from analysis.watch import EVERY_S, watch
 from analysis.wording import milli, milli_interval
 from tunebench.study.errors import RunError
 from tunebench.study.record import REPORT
 from tunebench.study.spec import StudyError
 
-DONE, CHECK_FAILED, BAD_INPUT = 0, 1, 2
+DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m analysis",
         description="Rank a run's optimizers and write its report.",
         epilog="other verbs: `python -m analysis compare RUN RUN ...` joins runs and tables; `python -m analysis "
-        "algoperf DIR` scores evaluation logs of AlgoPerf. A run directory of such a name is written ./compare.",
+        "watch RUN` writes the report anew while a run goes on; `python -m analysis algoperf DIR` scores evaluation "
+        "logs of AlgoPerf. A run directory of such a name is written ./compare.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, finished or not")
@@ -136,7 +138,31 @@ def _arm_words(arm: JoinedArm) -> str:
     return f"{arm.optimizer} ({arm.source}) {milli(arm.iqm)} {milli_interval(arm.interval)} meV/Å, {arm.n_seeds} seeds"
 
 
-_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"algoperf": _algoperf, "compare": _compare}
+def _watch(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis watch",
+        description="Write a run's report anew whenever its journal has grown, until it is finished or Ctrl-C is hit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; left out, RUN/report")
+    parser.add_argument("--every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=f"left out, {EVERY_S}")
+    options = parser.parse_args(arguments)
+    try:
+        for ranking, page in watch(options.run, options.out, options.every):
+            print(_summary(ranking, page), flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
+def _seconds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a whole number of seconds from 1 on")
+    return int(text)
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"algoperf": _algoperf, "compare": _compare, "watch": _watch}
 
 
 if __name__ == "__main__":

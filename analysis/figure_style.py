@@ -1,9 +1,10 @@
-"""One look for every figure: fonts, one colour and marker per optimizer in all of them, file formats."""
+"""One look for every figure: fonts, one look per optimizer in all of them, file formats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +15,65 @@ from tunebench.study.record import Reason
 
 WIDTH_INCHES = 7.0
 """Text width of a two-column page."""
-FORMATS = ("png", "pdf", "svg")
 
-# Okabe and Ito (2008) for the arms most often compared, Tol (2021, muted) for the rest: safe for colour-blind readers.
-_COLOURS = {
-    "adamw": "#0072B2",
-    "soap": "#D55E00",
-    "muon": "#E69F00",
-    "schedule_free": "#009E73",
-    "adam": "#56B4E9",
-    "radam": "#CC79A7",
-    "sgd": "#777777",
-    "lamb": "#999933",
-    "ranger": "#882255",
-    "soap_muon": "#332288",
-}
-_MARKERS = {
-    "adamw": "o",
-    "soap": "s",
-    "muon": "^",
-    "schedule_free": "D",
-    "adam": "v",
-    "radam": "P",
-    "sgd": "X",
-    "lamb": "<",
-    "ranger": ">",
-    "soap_muon": "p",
-}
-_SPARE_COLOURS = ("#000000", "#44AA99", "#DDCC77", "#AA4499", "#661100")
-_SPARE_MARKERS = ("h", "*", "H", "d", "8")
 
-REASON_COLOURS = {
-    Reason.FINISHED: "#4D7FA8",
-    Reason.STOPPED_ASHA: "#BFD3E2",
-    Reason.DIVERGED: "#B2182B",
-    Reason.OOM: "#EF8A62",
-    Reason.CRASHED: "#67001F",
-    Reason.PREEMPTED: "#FDDBC7",
-    Reason.TIMED_OUT: "#8C6D31",
-    Reason.MISMATCHED: "#762A83",
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a series is told from others: a colour on white, one on a dark page, a marker and a dash.
+
+    Attributes:
+        light, dark: ``#RRGGBB`` with a contrast of at least 3 against their background.
+        marker: matplotlib's letter, empty for none. dash: number of the dash pattern, 0 is a solid line.
+    """
+
+    light: str
+    dark: str
+    marker: str = "o"
+    dash: int = 0
+
+
+# After Okabe and Ito (2008) for the arms most often compared and Tol (2021, muted) for the rest, which colour-blind
+# readers can tell apart; yellow and light blue are darker than theirs, so that they can be seen on white.
+_LOOKS = {
+    "adamw": Look(light="#0072B2", dark="#4FA8E8", marker="o", dash=0),
+    "soap": Look(light="#D55E00", dark="#FF8B3D", marker="s", dash=1),
+    "muon": Look(light="#A87A00", dark="#F0B92E", marker="^", dash=2),
+    "schedule_free": Look(light="#00845F", dark="#2FC79A", marker="D", dash=3),
+    "adam": Look(light="#3E93C4", dark="#A5DAF8", marker="v", dash=4),
+    "radam": Look(light="#B9638F", dark="#EBA6CC", marker="P", dash=1),
+    "sgd": Look(light="#6E6E6E", dark="#B5B5B5", marker="X", dash=2),
+    "lamb": Look(light="#80802A", dark="#CFCF63", marker="<", dash=3),
+    "ranger": Look(light="#882255", dark="#E3779F", marker=">", dash=4),
+    "soap_muon": Look(light="#332288", dark="#AFA3FF", marker="p", dash=0),
 }
+_SPARE_LOOKS = (
+    Look(light="#1A1A1A", dark="#F2F2F2", marker="h", dash=0),
+    Look(light="#2B8A7C", dark="#62D6C4", marker="*", dash=1),
+    Look(light="#917C17", dark="#E6D684", marker="H", dash=2),
+    Look(light="#AA4499", dark="#E28BD3", marker="d", dash=3),
+    Look(light="#661100", dark="#E38C79", marker="8", dash=4),
+)
+NEUTRAL = Look(light="#555555", dark="#B0B0B0")
+DASHES: tuple[tuple[Any, str], ...] = (
+    ("solid", "solid"),
+    ((0, (6, 2)), "dash"),
+    ((0, (1.2, 1.4)), "dot"),
+    ((0, (6, 2, 1.2, 2)), "dashdot"),
+    ((0, (10, 3)), "longdash"),
+)
+"""Dash patterns as matplotlib's and as Plotly's."""
+
+REASON_LOOKS = {
+    Reason.FINISHED: Look(light="#4D7FA8", dark="#5E97C6"),
+    Reason.STOPPED_ASHA: Look(light="#8FB4D1", dark="#34536B"),
+    Reason.DIVERGED: Look(light="#B2182B", dark="#E0566A"),
+    Reason.OOM: Look(light="#DB6A42", dark="#F09B78"),
+    Reason.CRASHED: Look(light="#67001F", dark="#B0496B"),
+    Reason.PREEMPTED: Look(light="#C08A60", dark="#E8C9AC"),
+    Reason.TIMED_OUT: Look(light="#8C6D31", dark="#C9A964"),
+    Reason.MISMATCHED: Look(light="#762A83", dark="#C07ECD"),
+}
+UNENDED = Look(light="#FFFFFF", dark="#16191D")
 REASON_WORDS = {
     Reason.FINISHED: "finished",
     Reason.STOPPED_ASHA: "stopped by ASHA",
@@ -87,24 +107,18 @@ _RC: dict[Any, Any] = {
     "figure.dpi": 100.0,
     "savefig.dpi": 200.0,
     "savefig.facecolor": "white",
-    "pdf.fonttype": 42,  # embedded as text, as journals ask
     "svg.fonttype": "none",
     "svg.hashsalt": "tunebench",  # the same data give the same file
 }
 
 
-def colour(optimizer: str, optimizers: Sequence[str]) -> str:
-    """Colour of an optimizer; one that has none of its own gets a spare by its place among ``optimizers``."""
-    return _COLOURS.get(optimizer) or _SPARE_COLOURS[_spare(optimizer, optimizers) % len(_SPARE_COLOURS)]
-
-
-def marker(optimizer: str, optimizers: Sequence[str]) -> str:
-    """Marker of an optimizer, so that colour is never the only difference."""
-    return _MARKERS.get(optimizer) or _SPARE_MARKERS[_spare(optimizer, optimizers) % len(_SPARE_MARKERS)]
-
-
-def _spare(optimizer: str, optimizers: Sequence[str]) -> int:
-    return [name for name in optimizers if name not in _COLOURS].index(optimizer)
+def look(optimizer: str, optimizers: Sequence[str]) -> Look:
+    """Look of an optimizer; one that has none of its own gets a spare by its place among ``optimizers``."""
+    known = _LOOKS.get(optimizer)
+    if known is not None:
+        return known
+    place = [name for name in optimizers if name not in _LOOKS].index(optimizer)
+    return _SPARE_LOOKS[place % len(_SPARE_LOOKS)]
 
 
 @contextmanager
@@ -117,10 +131,6 @@ def figure_style() -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as NAME.png for the page and as NAME.pdf and NAME.svg for papers, without a date inside."""
+    """Write a figure as NAME.svg, with text as text and without a date inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
-    for kind in FORMATS:
-        figure.savefig(folder / f"{name}.{kind}", metadata=dates[kind])
-        # The layout of the first one stands: finding it is half of the time that drawing takes.
-        figure.set_layout_engine("none")
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

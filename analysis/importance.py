@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from optuna.distributions import BaseDistribution
 from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from analysis.statistics import Floats
+from analysis.statistics import Floats, Indices
 
 MINIMUM_TRIALS = 8
 """Fewer trials say nothing about importance."""
+_TREES = 24
 _BEST_SHARE, _FEWEST_BEST = 0.1, 4
 """PED-ANOVA asks what the best tenth of the trials has in common, and never fewer than four of them."""
-_PACKAGE_OF_FANOVA = "sklearn"
 
 
 class Method(StrEnum):
@@ -30,9 +30,8 @@ class Method(StrEnum):
     FANOVA = "fanova"
 
 
-def available_methods() -> tuple[Method, ...]:
-    """Methods that can be used here: fANOVA's forest needs scikit-learn, PED-ANOVA needs nothing more."""
-    return tuple(Method) if find_spec(_PACKAGE_OF_FANOVA) else (Method.PED_ANOVA,)
+MOST_TRIALS = {Method.PED_ANOVA: 400, Method.FANOVA: 64}
+"""Of more trials a method takes a random sample: fANOVA's time grows with their square, to 12 s for a thousand."""
 
 
 def importance(
@@ -51,32 +50,51 @@ def importance(
             finite error.
         distributions: ranges by name.
         method: which of the two.
-        seed: seed of fANOVA's forest; PED-ANOVA draws nothing.
+        seed: seed of the sample of trials and of fANOVA's forest.
 
     Returns:
         ``None`` for fewer than eight trials, for fewer than two hyperparameters, or where no two errors differ.
-
-    Raises:
-        ValueError: fANOVA without scikit-learn.
     """
-    if method not in available_methods():
-        raise ValueError(f"importance: found method {method} without scikit-learn, allowed: {Method.PED_ANOVA}")
     errors = np.asarray(errors, dtype=np.float64)
     finite = errors[np.isfinite(errors)]
     if len(params) < MINIMUM_TRIALS or len(distributions) < 2 or len(np.unique(finite)) < 2:
         return None
-    study = optuna.create_study(direction="minimize")
-    for values, error in zip(params, np.minimum(errors, finite.max()), strict=True):
-        chosen = {name: values[name] for name in distributions}
-        study.add_trial(create_trial(params=chosen, distributions=dict(distributions), value=float(error)))
-    found = optuna.importance.get_param_importances(study, evaluator=_evaluator(method, seed, len(params)))
+    bounded = np.minimum(errors, finite.max())
+    places = _places(method, len(params), seed)
+    if len(np.unique(bounded[places])) < 2:
+        return None
+    with _quiet_optuna():
+        study = optuna.create_study(direction="minimize")
+    for place in places.tolist():
+        chosen = {name: params[place][name] for name in distributions}
+        study.add_trial(create_trial(params=chosen, distributions=dict(distributions), value=float(bounded[place])))
+    found = optuna.importance.get_param_importances(study, evaluator=_evaluator(method, seed, len(places)))
     total = sum(found.values())
     return {name: float(value) / total for name, value in found.items()} if total > 0.0 else None
 
 
+def _places(method: Method, trials: int, seed: int) -> Indices:
+    """Which trials a method looks at: all of them, or a random sample where there are many."""
+    if trials <= MOST_TRIALS[method]:
+        return np.arange(trials, dtype=np.intp)
+    drawn = np.random.default_rng(seed).choice(trials, size=MOST_TRIALS[method], replace=False)
+    return np.sort(drawn).astype(np.intp)
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Without the line on standard error that tells of every new study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
 def _evaluator(method: Method, seed: int, trials: int) -> BaseImportanceEvaluator:
     if method is Method.FANOVA:
-        return FanovaImportanceEvaluator(seed=seed)
+        return FanovaImportanceEvaluator(n_trees=_TREES, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return PedAnovaImportanceEvaluator(target_quantile=max(_BEST_SHARE, _FEWEST_BEST / trials))

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from analysis import wording
 from analysis.arm_result import ArmResult
+from analysis.charts.plotly_form import dark_colours, looks_of, plotly_form
+from analysis.charts.run_charts import Charts
+from analysis.charts.search_charts import objective_label
+from analysis.checklist import checklist
 from analysis.comparison import Comparison
-from analysis.figure_style import colour
+from analysis.figure_style import look
+from analysis.headline import cost, evidence, remedies, uses
 from analysis.ledger import ledgers, spread
 from analysis.load import Run
+from analysis.mean_ranks import mean_ranks
+from analysis.methods import methods
 from analysis.page_tables import Table, study_tables, workload_tables
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
+from analysis.trial_table import trial_table
 from analysis.verdict import MINIMUM_SEEDS
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
 from tunebench.study.step_times import StepTime, TimedStep
 
+_COMPRESSION = 6
 _ERROR_WORDS = {
     Metric.FORCES_MAE: "force MAE, meV/Å",
     Metric.ENERGY_PER_ATOM_MAE: "energy MAE, meV/atom",
@@ -30,23 +44,14 @@ _ERROR_WORDS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageFigure:
-    """A drawn figure: caption, the PNG as a data URI, and the files beside the page."""
-
-    caption: str
-    alternative: str
-    data_uri: str
-    files: tuple[str, ...]
-
-
-def render(run: Run, ranking: Ranking, figures: Mapping[str, Sequence[PageFigure]]) -> str:
+def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = None) -> str:
     """The page as text; everything that came from files is escaped.
 
     Args:
         run: the run.
         ranking: its ranking.
-        figures: drawn figures by workload.
+        drawn: its charts.
+        refresh_s: seconds after which a browser reads the page anew, for a run that goes on.
     """
     environment = Environment(
         loader=PackageLoader("analysis"),
@@ -57,20 +62,60 @@ def render(run: Run, ranking: Ranking, figures: Mapping[str, Sequence[PageFigure
     )
     filters = (wording.number, wording.params, wording.percent, wording.why)
     environment.filters.update({function.__name__: function for function in filters})
+    ranks = mean_ranks(ranking)
     return environment.get_template("report.html.j2").render(
         run=run,
+        run_name=run.path.name,
         study=run.study,
         ranking=ranking,
-        figures=figures,
+        refresh_s=refresh_s,
+        evidence=evidence(ranking),
+        remedies=remedies(ranking),
+        cost=cost(run),
+        uses=uses(run, ranking),
+        charts=drawn.by_workload,
+        study_charts=drawn.of_study,
+        no_ranks=ranks if isinstance(ranks, str) else "",
         answers=[_answer(run, workload) for workload in ranking.workloads],
+        checklist=checklist(run, ranking),
         ledgers=ledgers(run),
         spreads=_spreads(ranking),
         step_times=_step_rows(run),
+        objective=objective_label(run.study.objective),
+        methods=methods(run, ranking),
         caveats=caveats(run, ranking),
         study_tables=study_tables(ranking),
         environment=_environment_rows(run.environment),
-        trials={name: [trial for trial in run.trials if trial.key.workload == name] for name in run.workloads},
+        packed=_packed(run, drawn),
+        style=_own_text("report.css"),
+        script=_own_text("report.js"),
     )
+
+
+def _own_text(name: str) -> Markup:
+    """A file of ours that stands in the page as it is."""
+    return Markup((files("analysis") / "templates" / name).read_text(encoding="utf-8").rstrip())
+
+
+def _packed(run: Run, drawn: Charts) -> dict[str, Markup]:
+    """What the page's script unpacks: charts, trials, and Plotly, which alone has 4.8 MB, as base64 of gzip."""
+    content = {
+        "charts": {chart.name: plotly_form(chart) for chart in drawn.every},
+        "dark": dark_colours(looks_of(drawn.every)),
+    }
+    texts = {"charts": _json(content), "trials": _json(trial_table(run))}
+    if drawn.every:
+        texts["plotly"] = get_plotlyjs()
+    return {name: Markup(pack(text)) for name, text in texts.items()}
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def pack(text: str) -> str:
+    """Base64 of gzip, the same for the same text."""
+    return base64.b64encode(gzip.compress(text.encode("utf-8"), _COMPRESSION, mtime=0)).decode("ascii")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +151,7 @@ def _answer_row(
     errors = [_error_cell(arm, split, metric) for split, metric in cells]
     return {
         "arm": arm,
-        "colour": colour(arm.optimizer, run.optimizers),
+        "look": look(arm.optimizer, run.optimizers),
         "errors": [*errors, _difference_cell(differences.get(arm.optimizer))] if differences else errors,
         "seeds": _seed_words(arm),
         "tune_failed": f"{arm.tune.failed} of {tune_ended}" if tune_ended else wording.NOT_AVAILABLE,

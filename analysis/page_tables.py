@@ -14,7 +14,7 @@ from analysis.overall import Overall
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
 from analysis.targets import AxisScores, TargetScores
-from analysis.wording import ABSENT, listed, milli, milli_interval, number, percent
+from analysis.wording import ABSENT, MINUS, listed, milli, milli_interval, number, percent
 
 MEV = "meV/Å"
 
@@ -31,7 +31,13 @@ class Table:
 
 def workload_tables(workload: WorkloadRanking) -> list[Table]:
     """Comparisons, cost and search of one workload; tables without a row are left out."""
-    tables = (_comparisons(workload), _pareto(workload), _searches(workload), _importance(workload))
+    tables = (
+        _comparisons(workload),
+        _pareto(workload),
+        _searches(workload),
+        _false_stops(workload),
+        _importance(workload),
+    )
     return [table for table in tables if table.rows]
 
 
@@ -104,8 +110,8 @@ def _searches(workload: WorkloadRanking) -> Table:
         title="The searches",
         note="Good learning rates end within 10 % of the arm's best objective; a range that ends at the lowest or "
         "highest rate tried is marked with <. Gain: share of the objective that the best configuration saves against "
-        "the median one. Trials to 10 %: after how many configurations the expected best is within 10 % of the best. "
-        "Stopped trials count with what they had.",
+        "the median one, or against the untuned arm of the same optimizer. Trials to 10 %: after how many "
+        "configurations the expected best is within 10 % of the best. Stopped trials count with what they had.",
         columns=(
             "optimizer",
             "tune trials failed",
@@ -113,6 +119,7 @@ def _searches(workload: WorkloadRanking) -> Table:
             "good learning rates",
             "decades",
             "gain by tuning",
+            "gain over defaults",
             "trials to 10 %",
             "device-seconds to 10 %",
         ),
@@ -132,8 +139,30 @@ def _search_row(search: ArmSearch) -> tuple[str, ...]:
         rates,
         ABSENT if width is None else f"{width.decades:.1f}",
         ABSENT if tuned is None else percent(tuned.gain),
+        ABSENT if tuned is None or tuned.default_gain is None else percent(tuned.default_gain).replace("-", MINUS),
         ABSENT if tuned is None else number(tuned.trials_to_level[0.1]),
         ABSENT if tuned is None else number(tuned.seconds_to_level[0.1], 3),
+    )
+
+
+def _false_stops(workload: WorkloadRanking) -> Table:
+    found = [(arm.optimizer, arm.search.false_stops) for arm in workload.arms]
+    return Table(
+        title="Does early stopping err?",
+        note="Sentinels, chosen before the start, run to the horizon whatever the rungs say. Wrongly: those that a "
+        "rung would have stopped and that ended better than every trial it let go on. Rate with its exact interval.",
+        columns=("optimizer", "sentinels at the horizon", "would have been stopped", "wrongly", "false-stop rate"),
+        rows=tuple(
+            (
+                name,
+                str(one.sentinels),
+                str(one.would_stop),
+                str(one.wrongly),
+                f"{percent(one.rate)} [{percent(one.low)}, {percent(one.high)}]",
+            )
+            for name, one in found
+            if one is not None and one.sentinels
+        ),
     )
 
 

@@ -67,6 +67,8 @@ class TimeAxis:
 
 def time_axis(run: Run, workload: str) -> TimeAxis:
     """The axis of a workload: calibrated where the table covers all its trials, so that all arms are timed alike."""
+    if run.calibration is None:
+        return TimeAxis(run=run, calibrated=False)
     own = [trial for trial in run.trials if trial.key.workload == workload and _belongs(run, trial)]
     return TimeAxis(run=run, calibrated=bool(own) and all(step_time(run, trial) is not None for trial in own))
 

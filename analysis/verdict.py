@@ -161,7 +161,8 @@ def _remedy(comparison: Comparison) -> str:
     if wanted is not None:
         ways.append(f"about {max(wanted, MINIMUM_SEEDS, have + 1)} paired seeds would show a difference of this size")
     if comparison.seeds_to_tie is not None:
-        ways.append(f"about {max(comparison.seeds_to_tie, MINIMUM_SEEDS, have + 1)} would show that they are alike")
+        number = f"about {max(comparison.seeds_to_tie, MINIMUM_SEEDS, have + 1)}{'' if ways else ' paired seeds'}"
+        ways.append(f"{number} would show that they are alike")
     if not ways:
         return f"{pair}: no number of seeds up to 1000 would resolve a difference like this one."
     return f"{pair}: {', '.join(ways)} (80 % power; {have} so far)."

@@ -12,7 +12,7 @@ from tunebench.study.record import Reason, TrialRecord
 NOT_AVAILABLE = "not available"
 NO_INTERVAL = "no interval"
 ABSENT = "\N{EN DASH}"
-_MINUS = "\N{MINUS SIGN}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def number(value: object, digits: int = 4) -> str:
@@ -20,17 +20,17 @@ def number(value: object, digits: int = 4) -> str:
     if value is None:
         return ABSENT
     if isinstance(value, float):
-        return f"{value:.{digits}g}".replace("inf", "∞").replace("-∞", f"{_MINUS}∞")
+        return f"{value:.{digits}g}".replace("inf", "∞").replace("-∞", f"{MINUS}∞")
     return str(value)
 
 
 def milli(value: float) -> str:
     """A number times 1000 (eV to meV) with three or so significant digits; ``∞`` for a failure."""
     if math.isinf(value):
-        return "∞" if value > 0.0 else f"{_MINUS}∞"
+        return "∞" if value > 0.0 else f"{MINUS}∞"
     magnitude = float(f"{abs(1000.0 * value):.3g}")
     digits = 0 if magnitude >= 100.0 else 1 if magnitude >= 10.0 else 2 if magnitude >= 1.0 else 3
-    return f"{1000.0 * value:.{digits}f}".replace("-", _MINUS)
+    return f"{1000.0 * value:.{digits}f}".replace("-", MINUS)
 
 
 def milli_interval(interval: Interval | None) -> str:

@@ -4,13 +4,14 @@
 
 Each run is written in the form of `tunebench run` (journal, one Parquet file per trial), then `python -m analysis`
 reports on it in a process of its own, whose seconds by the clock and on the processor and whose peak memory are
-printed. 2 workloads, 5 optimizers.
+printed, with the size of the page and the load of the machine meanwhile. 2 workloads, 5 optimizers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ import yaml
 from optuna.distributions import distribution_to_json
 
 from tunebench.study.load import ResolvedStudy, resolve
-from tunebench.study.record import CURVES, ENVIRONMENT, JOURNAL, Metric, Reason, Split, Stage, TrialKey
+from tunebench.study.record import CURVES, ENVIRONMENT, JOURNAL, REPORT, Metric, Reason, Split, Stage, TrialKey
 from tunebench.study.seeds import named_seed
 
 OPTIMIZERS = ("adamw", "radam", "sgd", "muon", "soap")
@@ -77,14 +78,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000, 100_000])
     options = parser.parse_args(arguments)
-    print("| trials | report, s | on the processor, s | peak memory, GiB |\n| --- | --- | --- | --- |")
+    print("| trials | report, s | on the processor, s | peak memory, GiB | page, MB | load |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for trials in sorted(options.trials):
         folder = Path(tempfile.mkdtemp(prefix="report-scale-"))
         try:
-            seconds, processor, memory = measure(write_run(folder, trials))
+            run = write_run(folder, trials)
+            seconds, processor, memory = measure(run)
+            page = (run / REPORT / "index.html").stat().st_size / 1e6
         finally:
             shutil.rmtree(folder)
-        print(f"| {trials} | {seconds:.1f} | {processor:.1f} | {memory:.2f} |", flush=True)
+        load = os.getloadavg()[0]
+        print(f"| {trials} | {seconds:.1f} | {processor:.1f} | {memory:.2f} | {page:.1f} | {load:.1f} |", flush=True)
     return 0
 
 

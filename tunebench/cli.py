@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -281,6 +282,26 @@ def report_command(
     summary = _write_report(run_folder, out)
     _print(summary, as_json, lambda r: r["report"])
     _fail_for_checks(summary)
+
+
+@app.command("export")
+def export_command(
+    run_folder: RunFolder,
+    workload: Annotated[str | None, typer.Option(help="workload by name; left out, the only one")] = None,
+    arm: Annotated[str | None, typer.Option(help="this arm's best configuration, whatever the verdict")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write, else standard output")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the recommended configuration as a complete `nequip-train` config, after NequIP has accepted it."""
+    from tunebench.export import export
+
+    exported = export(run_folder, workload, arm)
+    if out:
+        out.write_text(exported.text, encoding="utf-8")
+        _stderr().print(exported.choice.why, highlight=False, soft_wrap=True, markup=False)
+    if as_json or not out:
+        summary = {**asdict(exported.choice), "seed_index": exported.seed_index, "file": str(out) if out else None}
+        typer.echo(json.dumps({**summary, "config": exported.text}, indent=2) if as_json else exported.text, nl=as_json)
 
 
 @app.command("inspect")

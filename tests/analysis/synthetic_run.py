@@ -27,6 +27,12 @@ VALIDATION_PER_TEST = 0.9
 RAW_PER_AVERAGED = 1.1
 OOD_PER_TEST = 2.0
 SECOND_CONFIGURATION = 1.3
+_DATA = {
+    "source": "xtb",
+    "system": "ethanol",
+    "ood_temperature_kelvin": 600.0,
+    "frames": {"train": 20, "val": 10, "test": 10, "ood": 10},
+}
 _STEP_SECONDS = {"soap": 0.05, "muon": 0.035}
 _GROUPS = {"muon": {"muon": 0.7, "adamw": 0.3}, "soap": {"soap": 0.8, "adam": 0.2}}
 
@@ -43,6 +49,8 @@ class Plan:
         force_fractions: share of frames with force labels by workload, where it is not 1.
         settings: what the study says of an arm beside its name.
         waive: reasons by rule.
+        sentinels: the first so many configurations of every arm are sentinels.
+        data: the study's data section, with `data_hash` where trials were measured on data that exist.
     """
 
     arms: Mapping[str, Sequence[float]]
@@ -57,13 +65,14 @@ class Plan:
     force_fractions: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     waive: Mapping[str, str] = field(default_factory=dict)
+    sentinels: int = 0
+    data: Mapping[str, Any] = field(default_factory=lambda: dict(_DATA))
+    data_hash: str = ""
 
 
 def study_text(plan: Plan) -> str:
     """The study file of a plan."""
     seeds = max(len(values) for values in plan.arms.values())
-    data = {"source": "xtb", "system": "ethanol", "ood_temperature_kelvin": 600.0}
-    frames = {"train": 20, "val": 10, "test": 10, "ood": 10}
     return yaml.safe_dump(
         {
             "name": "synthetic",
@@ -72,7 +81,7 @@ def study_text(plan: Plan) -> str:
             "workloads": [
                 {
                     "name": name,
-                    "data": {**data, "frames": frames},
+                    "data": dict(plan.data),
                     "model": {"family": "nequip"},
                     "max_steps": HORIZON,
                     "labels": {"force_fraction": plan.force_fractions.get(name, 1.0)},
@@ -157,7 +166,8 @@ class _Writer:
             {name: parameter.value_at(unit) for name, parameter in space.parameters.items()},
             {name: parameter.distribution() for name, parameter in space.parameters.items()},
             {name: named_seed(7, name, key.stage, key.seed_index) for name in ("init", "order", "labels")},
-            data_hash=hashlib.sha256(key.workload.encode()).hexdigest(),
+            data_hash=self.plan.data_hash or hashlib.sha256(key.workload.encode()).hexdigest(),
+            sentinel=key.stage is Stage.TUNE and key.config_index < self.plan.sentinels,
         )
 
     def _groups(self, key: TrialKey) -> list[dict[str, Any]]:

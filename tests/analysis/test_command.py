@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import math
 import re
@@ -9,11 +11,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from analysis import plots
 from analysis.__main__ import BAD_INPUT, CHECK_FAILED, DONE, main
+from analysis.charts import search_charts
 from analysis.report import ReportResult, write_report
 from tests.analysis.synthetic_run import Plan, write_run
 from tunebench.study.record import CURVES, ENVIRONMENT, JOURNAL, STUDY
@@ -29,6 +32,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def packed(page: str, name: str) -> Any:
+    """What the page carries for its script."""
+    found = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
+    assert found is not None
+    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -39,9 +49,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_report_holds_page_ranking_tables_and_figures(run: Path) -> None:
     report = run / "report"
     assert json.loads((report / "ranking.json").read_text(encoding="utf-8"))["study"] == "synthetic"
-    for figure in ("errors", "learning", "tuning", "sensitivity", "endings"):
-        for kind in ("png", "pdf", "svg"):
-            assert (report / "figures" / f"ethanol-nequip-{figure}.{kind}").stat().st_size > 1000
+    for figure in ("errors", "learning", "pareto", "tuning", "best-of-n", "sensitivity", "endings"):
+        assert (report / "figures" / f"ethanol-nequip-{figure}.svg").stat().st_size > 1000
+        table = (report / "tables" / "figures" / f"ethanol-nequip-{figure}.csv").read_text(encoding="utf-8")
+        assert len(table.splitlines()) > 3
     with (report / "tables" / "trials.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 2 * (6 + 5)
@@ -50,8 +61,8 @@ def test_report_holds_page_ranking_tables_and_figures(run: Path) -> None:
 
 def test_page_is_one_file_without_foreign_parts(run: Path) -> None:
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5
-    assert not re.search(r"<(script|link)\b|https?://", page)
+    assert not re.search(r"https?://|<script[^>]* src=|<link(?! rel=\"icon\" href=\"data:)", page)
+    assert "default-src 'none'" in page
 
 
 def test_page_points_to_warnings(run: Path) -> None:
@@ -78,8 +89,10 @@ def test_page_shows_the_environment_and_what_changed_later(run: Path, tmp_path: 
 
 def test_page_tells_every_trials_end(run: Path) -> None:
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert "loss is not finite at step 30" in page
-    assert re.search(r"rung 60: 0\.\d+ above cutoff 0\.\d+", page)
+    trials = packed(page, "trials")
+    assert "loss is not finite at step 30" in trials["why"]
+    assert any(re.fullmatch(r"rung 60: 0\.\d+ above cutoff 0\.\d+", why) for why in trials["why"])
+    assert len(trials["why"]) == 2 * (6 + 5)
     assert "5 (1 failed)" in page
 
 
@@ -174,7 +187,7 @@ def test_analysis_imports_neither_ray_nor_torch(run: Path, tmp_path: Path) -> No
 def test_every_figure_finds_its_layout_also_without_a_failed_trial(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "ended_value", lambda trial: trial.value or 1.0)
+    monkeypatch.setattr(search_charts, "ended_value", lambda trial: trial.value or 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert main([str(run), "--out", str(tmp_path / "report")]) == DONE

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from analysis.failure_rates import failure_rate
-from analysis.importance import Method, available_methods, importance
+from analysis.importance import MOST_TRIALS, Method, importance
 from analysis.power import seeds_to_equivalence, seeds_to_resolve, workloads_to_resolve
 from analysis.sensitivity import learning_rate_width, tunability
 from tunebench.study.power import paired_power
@@ -101,7 +101,7 @@ def test_the_hyperparameter_that_decides_comes_first() -> None:
     ]
     errors = (np.log10(rates) + 2.5) ** 2
     errors[:3] = INF
-    for method in available_methods():
+    for method in Method:
         found = importance(params, errors, ranges, method, seed=1)
         assert found is not None
         assert next(iter(found)) == "learning_rate"
@@ -110,7 +110,14 @@ def test_the_hyperparameter_that_decides_comes_first() -> None:
     assert importance(params, np.ones(60), ranges, Method.PED_ANOVA, seed=1) is None
 
 
-def test_fanova_without_its_forest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.importance.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="without scikit-learn"):
-        importance([], np.ones(0), {}, Method.FANOVA, seed=1)
+def test_importance_of_many_trials_looks_at_a_sample_and_finds_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(4)
+    ranges = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ("first", "second")}
+    params = [{name: float(generator.random()) for name in ranges} for _ in range(3 * max(MOST_TRIALS.values()))]
+    errors = np.array([1.0 + (p["first"] - 0.5) ** 2 + 0.01 * p["second"] for p in params], dtype=np.float64)
+    for method in Method:
+        found = importance(params, errors, ranges, method, seed=1)
+        assert found is not None
+        assert found["first"] > 0.8
+        assert found == importance(params, errors, ranges, method, seed=1)
+    assert capfd.readouterr().err == ""

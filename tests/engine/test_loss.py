@@ -8,8 +8,8 @@ from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.errors import ErrorSums, split_errors
 from tunebench.engine.loss import LossWeights, mean_square_of_labelled, weighted_loss
-from tunebench.engine.nequip_config import loss_section, metrics_section
 from tunebench.study.spec import Loss
+from tunebench.study.training_sections import loss_section, metrics_section
 from tunebench.workloads.frames import PreparedFrames
 
 

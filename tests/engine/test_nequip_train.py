@@ -18,13 +18,18 @@ from tunebench.engine.task import TrialTask
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "family", "averaged"),
-    [("adamw", "nequip", "ema"), ("soap", "allegro", "ema"), ("schedule_free", "nequip", "schedule_free")],
+    ("optimizer", "family", "averaged", "force_fraction"),
+    [
+        ("adamw", "nequip", "ema", 1.0),
+        ("soap", "allegro", "ema", 1.0),
+        ("schedule_free", "nequip", "schedule_free", 1.0),
+        ("adamw", "nequip", "ema", 0.2),
+    ],
 )
 def test_the_engine_and_nequip_train_measure_the_same_validation_errors(
-    make_task: MakeTask, tmp_path: Path, optimizer: str, family: str, averaged: str
+    make_task: MakeTask, tmp_path: Path, optimizer: str, family: str, averaged: str, force_fraction: float
 ):
-    task = make_task(optimizer, family=family, steps=10, evaluation_steps=(5, 10))
+    task = make_task(optimizer, family=family, steps=10, evaluation_steps=(5, 10), force_fraction=force_fraction)
     reports = Reports()
     run_trial(task, reports)
     measured = nequip_train_errors(plain_nequip_config(task, evaluate_every=5), tmp_path / "nequip-train")

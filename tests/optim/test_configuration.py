@@ -10,8 +10,8 @@ from hydra.utils import get_class, instantiate
 
 from tests.optim.models import model_of
 from tunebench import optim
-from tunebench.optim.configuration import optimizer_config
 from tunebench.optim.optimizer import RuleOptimizer
+from tunebench.study.optimizer_config import optimizer_config
 from tunebench.study.search_space import ChoiceParameter, Role, SearchSpace, available_optimizers, shipped_optimizers
 
 OPTIMIZERS = pytest.mark.parametrize("name", shipped_optimizers())

@@ -10,9 +10,9 @@ import torch
 
 from tunebench.engine.calibration import training_parts
 from tunebench.engine.task import TrialTask
-from tunebench.optim.configuration import optimizer_config
 from tunebench.optim.matrix_view import FctpView
 from tunebench.optim.realised import check_promise, realised_groups
+from tunebench.study.optimizer_config import optimizer_config
 from tunebench.study.search_space import ChoiceParameter, Role, SearchSpace, Treats
 
 

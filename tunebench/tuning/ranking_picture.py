@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from analysis.figure_style import WIDTH_INCHES, colour, figure_style, marker
+from analysis.figure_style import WIDTH_INCHES, figure_style, look
 from tunebench.study.arm_history import Standing
 
 _HEIGHT_INCHES, _HEIGHT_PER_ARM_INCHES = 1.0, 0.28
@@ -34,15 +34,13 @@ def ranking_picture(standings: Sequence[Standing], title: str) -> Figure:
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
         axes = figure.subplots()
         for place, standing in enumerate(standings):
-            look: dict[str, Any] = {
-                "color": colour(standing.optimizer, names),
-                "marker": marker(standing.optimizer, names),
-            }
+            own = look(standing.optimizer, names)
+            style: dict[str, Any] = {"color": own.light, "marker": own.marker}
             if standing.found is not None:
-                axes.plot(standing.found, place, **look, markersize=7.0, markerfacecolor="none", linestyle="none")
-            axes.plot(standing.confirmed, [place] * len(standing.confirmed), **look, linestyle="none", alpha=0.6)
+                axes.plot(standing.found, place, **style, markersize=7.0, markerfacecolor="none", linestyle="none")
+            axes.plot(standing.confirmed, [place] * len(standing.confirmed), **style, linestyle="none", alpha=0.6)
             if standing.confirmed:
-                axes.plot(standing.objective, place, marker="|", markersize=14.0, color=look["color"])
+                axes.plot(standing.objective, place, marker="|", markersize=14.0, color=own.light)
         axes.set_yticks(range(len(standings)), [_label(standing) for standing in standings])
         axes.set_ylim(len(standings) - 0.5, -0.5)
         if any(0.0 < standing.objective < math.inf for standing in standings):  # before that there is nothing to scale

@@ -1,6 +1,6 @@
 """Study hyperparameters as NequIP `optimizer` sections.
 
-Each section is plain data with `_target_`, so the same dictionary serves tunebench and `nequip-train`.
+Each section is plain data with `_target_`, so the same dictionary serves tunebench, `nequip-train` and the report.
 """
 
 from __future__ import annotations
