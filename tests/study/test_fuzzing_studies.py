@@ -129,6 +129,8 @@ KEYS = st.one_of(
     st.sampled_from(["seed", "name", "asha", "forces", "frames", "F1", "data.x", *WORDS, *STRANGE]), st.text(max_size=6)
 )
 
+EDITS = ["nudge"] * 6 + ["replace", "drop", "add", "misspell", "exchange", "graft", "double", "wrap", "empty"]
+
 
 def places(part: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     children = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
@@ -141,19 +143,33 @@ def at(document: Any, path: tuple[Any, ...]) -> Any:
     return document
 
 
+def nudged(value: Any) -> Any:
+    """Another value of the same sort, which is as often allowed as not."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return 0.9 * value
+        case dict():
+            return dict(reversed(value.items()))
+    return value
+
+
 @st.composite
 def mutated(draw: st.DrawFn, documents: list[dict[str, Any]]) -> dict[str, Any]:
     """A valid document after one to three edits that know its keys."""
     document = copy.deepcopy(draw(st.sampled_from(documents)))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         found = places(document)
         if not found:
             break
         path, other = draw(st.sampled_from(found)), draw(st.sampled_from(found))
         parent = at(document, path[:-1])
-        match draw(
-            st.sampled_from(["replace", "drop", "add", "misspell", "exchange", "graft", "double", "wrap", "empty"])
-        ):
+        match draw(st.sampled_from(EDITS)):
+            case "nudge":
+                parent[path[-1]] = nudged(parent[path[-1]])
             case "drop":
                 del parent[path[-1]]
             case "add" if isinstance(parent, dict):

@@ -41,7 +41,7 @@ def read_trials(run: Path) -> list[TrialRecord]:
     path = _journal_file(run)
     with _reading(path):
         planned = planned_trials(path)  # before the trials are read: a driver may add some in between
-        storage = _open(path)
+        storage = _storage(_backend(path))
         trials = [
             _record(trial, late, study.study_name)
             for study in storage.get_all_studies()
@@ -90,7 +90,7 @@ class JournalWriter:
         if path.exists():
             read_trials(run)  # refuses what is damaged: what a driver adds to it would not mend it
         self._backend = _BatchBackend(path)
-        self._storage = JournalStorage(self._backend)
+        self._storage = _storage(self._backend)
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         self._trials: dict[str, int] = {}
         for study_id in self._studies.values():
@@ -265,9 +265,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: found an unreadable journal ({what}), allowed: Optuna's journal") from error
 
 
-def _open(path: Path) -> JournalStorage:
+def _storage(backend: JournalFileBackend) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(_backend(path))
+    return JournalStorage(backend)
 
 
 def _backend(path: Path) -> JournalFileBackend:
