@@ -71,6 +71,7 @@ def test_the_choice_comes_with_data_model_seeds_and_what_is_not_shown(
     assert config["training_module"]["optimizer"]["_target_"] == "tunebench.optim.SOAP"
     assert config["training_module"]["ema_decay"] == 0.999
     assert config["trainer"]["max_steps"] == 240
+    assert "&id" not in found["config"]
 
 
 def test_the_page_shows_the_same_sections(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

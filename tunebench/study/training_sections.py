@@ -5,6 +5,7 @@ Plain data with `_target_`; imports neither Ray nor torch. `tunebench.engine.neq
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from tunebench.study.optimizer_config import Hyperparameters, optimizer_config
@@ -97,7 +98,7 @@ def _used(loss: Loss, quantity: str) -> bool:
 def _entry(quantity: str, short: str, metric: str, coefficient: float | None) -> dict[str, Any]:
     return {
         "name": f"{quantity}_{short}" if short == "mse" else Metric(f"{quantity}_{short}").value,
-        "field": _QUANTITIES[quantity],
+        "field": copy.deepcopy(_QUANTITIES[quantity]),  # YAML writes what occurs twice as an anchor
         "metric": {"_target_": f"nequip.train.{metric}"},
         "coeff": coefficient,
         "ignore_nan": quantity != "energy_per_atom",
