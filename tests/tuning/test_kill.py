@@ -1,6 +1,6 @@
 """The driver is killed at random moments of both stages and started again; nothing that counts may tell.
 
-Two kills by default; TUNEBENCH_KILLS=25 makes it 25.
+Two kills by default; TUNEBENCH_KILLS=25 makes it 25, which takes longer than a test may: pytest --timeout 0.
 """
 
 from __future__ import annotations

@@ -152,7 +152,6 @@ def test_what_a_crash_decides_about_others_is_written(tmp_path: Path) -> None:
     driver = Driver(tmp_path, form="promotion", trials=2)
     driver.start(key(0))
     driver.report(key(0), evaluation(3, 0.5))
-    driver.scheduler.on_trial_error(None, driver.trial(key(1)))
     driver.fail(key(1), RuntimeError("broken"))
     (decision,) = driver.record(key(0)).decisions
     assert (decision["goes_on"], decision["competitors"]) == (True, 2)

@@ -116,8 +116,14 @@ class PerArmAsha(FIFOScheduler):
         return str(_ACTIONS[fate])
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial that failed for good will reach no further rung."""
-        self._left(trial)
+        """A trial has failed, but Tune (2.60) says so of those that it starts again as well: see `gave_up`."""
+        self._forget(trial)
+
+    def gave_up(self, trial_id: str) -> None:
+        """A trial failed for good and will reach no further rung."""
+        ladder = self._ladders.get(self._key_of(trial_id).arm)
+        if ladder is not None:
+            self._undelivered += ladder.end(trial_id)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has ended."""
@@ -167,10 +173,3 @@ class PerArmAsha(FIFOScheduler):
     def _forget(self, trial: Trial) -> None:
         self._at_rung.pop(trial.config["trial"], None)
         self._held.discard(trial.config["trial"])
-
-    def _left(self, trial: Trial) -> None:
-        name = trial.config["trial"]
-        self._forget(trial)
-        ladder = self._ladders.get(self._key_of(name).arm)
-        if ladder is not None:
-            self._undelivered += ladder.end(name)

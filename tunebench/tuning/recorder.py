@@ -111,8 +111,9 @@ class Recorder(Callback):
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
             raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
-        self._write_decisions()
         key = self._key(trial)
+        self._scheduler.gave_up(key.trial_id)
+        self._write_decisions()
         self._count_crash(key)
         self._finish(key, reason_of(error), {"message": lines[-1][:500]})
 
