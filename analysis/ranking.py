@@ -144,12 +144,19 @@ def _with_family_p(workloads: Sequence[WorkloadRanking]) -> tuple[WorkloadRankin
 
 def _budget(run: Run, workload: str) -> str:
     """What every arm was given, as part of a sentence."""
-    tune, confirm = run.study.tune, run.study.confirm
+    confirm, planned = run.study.confirm, sorted(run.planned(workload, name) for name in run.rivals)
     steps = next(found.max_steps for found in run.study.workloads if found.name == workload)
     return (
-        f"{_counted(tune.trials_per_arm, 'configuration')} per arm and {steps} steps, the best {confirm.top_k} with "
+        f"{_configurations(planned)} per arm and {steps} steps, the best {confirm.top_k} with "
         f"{_counted(confirm.seeds, 'seed')}"
     )
+
+
+def _configurations(planned: Sequence[int]) -> str:
+    """How many each arm was given, fewest first; a cap on device-seconds leaves costly arms fewer."""
+    several = planned and planned[0] < planned[-1]
+    least = f"{planned[0]} to " if several else ""
+    return f"{least}{_counted(max(planned, default=0), 'configuration')}"
 
 
 def _counted(number: int, noun: str) -> str:
