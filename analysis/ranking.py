@@ -19,12 +19,13 @@ from analysis.overall import Overall, decide_overall
 from analysis.pareto import ParetoPoint, pareto_front
 from analysis.reselection import Search
 from analysis.search_results import searches_of
+from analysis.selection import finished_trials
 from analysis.step_costs import TimeAxis, time_axis
 from analysis.targets import TargetScores, target_scores
 from analysis.verdict import Decision, decide
 from analysis.workload_errors import forces_by_seed, workload_errors
 from analysis.workload_tests import holm
-from tunebench.study.record import Metric, Reason, Split, Stage
+from tunebench.study.record import Metric, Split
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 
@@ -172,8 +173,7 @@ def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoP
 
 def _run_cost(run: Run, workload: str, arm: ArmResult, axis: TimeAxis) -> float | None:
     """Median device-seconds of the finished seeds of an arm's best configuration."""
-    trials = run.arm(workload, arm.optimizer, Stage.CONFIRM)
-    own = [t for t in trials if t.key.config_index == arm.config_index and t.reason is Reason.FINISHED]
+    own = finished_trials(run, workload, arm.optimizer, arm.config_index)
     return float(np.median([axis.of_trial(trial) for trial in own])) if own else None
 
 
