@@ -143,7 +143,7 @@ def test_cost_search_and_targets_of_the_plain_run(plain: Ranking) -> None:
     assert workload.family_p is not None
     assert workload.family_p < 0.05
     assert plain.overall.winner == "soap"
-    assert "nothing is claimed beyond them" in plain.overall.sentence
+    assert "nothing is claimed beyond it" in plain.overall.sentence
 
 
 def test_realised_shares_of_rules(plain: Ranking) -> None:
