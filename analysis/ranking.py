@@ -23,6 +23,7 @@ from analysis.selection import finished_trials
 from analysis.step_costs import TimeAxis, time_axis
 from analysis.targets import TargetScores, target_scores
 from analysis.verdict import Decision, decide
+from analysis.wording import counted
 from analysis.workload_errors import forces_by_seed, workload_errors
 from analysis.workload_tests import holm
 from tunebench.study.record import Metric, Split
@@ -149,7 +150,7 @@ def _budget(run: Run, workload: str) -> str:
     steps = next(found.max_steps for found in run.study.workloads if found.name == workload)
     return (
         f"{_configurations(planned)} per arm and {steps} steps, the best {confirm.top_k} with "
-        f"{_counted(confirm.seeds, 'seed')}"
+        f"{counted(confirm.seeds, 'seed')}"
     )
 
 
@@ -157,11 +158,7 @@ def _configurations(planned: Sequence[int]) -> str:
     """How many each arm was given, fewest first; a cap on device-seconds leaves costly arms fewer."""
     several = planned and planned[0] < planned[-1]
     least = f"{planned[0]} to " if several else ""
-    return f"{least}{_counted(max(planned, default=0), 'configuration')}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{least}{counted(max(planned, default=0), 'configuration')}"
 
 
 def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoPoint, ...]:

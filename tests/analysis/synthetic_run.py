@@ -51,6 +51,7 @@ class Plan:
         settings: what the study says of an arm beside its name.
         waive: reasons by rule.
         sentinels: the first so many configurations of every arm are sentinels.
+        asha: whether the study stops trials early.
         afforded: configurations by optimizer that a cap on device-seconds pays for, where that is not all of them.
         data: the study's data section, with `data_hash` where trials were measured on data that exist.
     """
@@ -68,6 +69,7 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     waive: Mapping[str, str] = field(default_factory=dict)
     sentinels: int = 0
+    asha: bool = True
     afforded: Mapping[str, int] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=lambda: dict(_DATA))
     data_hash: str = ""
@@ -77,6 +79,7 @@ def study_text(plan: Plan) -> str:
     """The study file of a plan."""
     seeds = max(len(values) for values in plan.arms.values())
     cap = {"device_seconds_per_arm": DEVICE_SECONDS} if plan.afforded else {}
+    stopping = {} if plan.asha else {"asha": None}
     return yaml.safe_dump(
         {
             "name": "synthetic",
@@ -95,7 +98,7 @@ def study_text(plan: Plan) -> str:
             "optimizers": [{"name": name, **plan.settings.get(name, {})} for name in plan.arms],
             "waive": dict(plan.waive),
             "objective": {"readout": plan.readout},
-            "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler} | cap,
+            "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler} | cap | stopping,
             "confirm": {"top_k": plan.top_k, "seeds": seeds},
         }
     )
