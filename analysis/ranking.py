@@ -26,11 +26,11 @@ from analysis.verdict import Decision, decide
 from analysis.wording import counted
 from analysis.workload_errors import forces_by_seed, workload_errors
 from analysis.workload_tests import holm
-from tunebench.study.record import Metric, Split
+from tunebench.study.record import Metric, Split, TrialRecord
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +164,15 @@ def _configurations(planned: Sequence[int]) -> str:
 def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoPoint, ...]:
     axis = time_axis(run, workload)
     errors = {arm.optimizer: s.iqm for arm in arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
-    costs = {arm.optimizer: cost for arm in arms if (cost := _run_cost(run, workload, arm, axis)) is not None}
-    return pareto_front(errors, costs, axis.calibrated)
+    trials = {arm.optimizer: finished_trials(run, workload, arm.optimizer, arm.config_index) for arm in arms}
+    costs = {name: _run_cost(own, axis) for name, own in trials.items() if own}
+    alone = axis.are_of_one([trial for own in trials.values() for trial in own])
+    return pareto_front(errors, costs, calibrated=axis.calibrated, alone=alone)
 
 
-def _run_cost(run: Run, workload: str, arm: ArmResult, axis: TimeAxis) -> float | None:
-    """Median device-seconds of the finished seeds of an arm's best configuration."""
-    own = finished_trials(run, workload, arm.optimizer, arm.config_index)
-    return float(np.median([axis.of_trial(trial) for trial in own])) if own else None
+def _run_cost(finished: Sequence[TrialRecord], axis: TimeAxis) -> float:
+    """Median device-seconds of one full run, from the finished seeds of an arm's best configuration."""
+    return float(np.median([axis.of_kept_steps(trial) for trial in finished]))
 
 
 def _ordered(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:

@@ -172,8 +172,9 @@ def test_pareto_front_by_hand() -> None:
         {"fast": 3.0, "slow": 1.0, "bad": 4.0, "same": 1.0, "broken": INF},
         {"fast": 1.0, "slow": 5.0, "bad": 2.0, "same": 5.0, "broken": 0.5},
         calibrated=True,
+        alone=True,
     )
     assert [point.optimizer for point in points] == ["broken", "fast", "bad", "same", "slow"]
     assert {point.optimizer for point in points if point.on_front} == {"fast", "slow", "same"}
     assert {point.optimizer: point.dominated_by for point in points}["bad"] == ("fast",)
-    assert pareto_front({"a": 1.0}, {}, calibrated=False) == ()
+    assert pareto_front({"a": 1.0}, {}, calibrated=False, alone=False) == ()
