@@ -17,7 +17,7 @@ from tunebench.study.extension import Ranges, read_extension
 from tunebench.study.journal import read_afforded, read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
-from tunebench.study.spec import Study
+from tunebench.study.spec import Fidelity, Study
 from tunebench.study.step_times import Calibration, read_calibration
 
 CURVE_NAMES = ("trial", "split", "metric", "readout")
@@ -78,6 +78,11 @@ class Run:
         """Configurations that the tune stage gives to an arm: what the study says, or what its device-seconds pay."""
         wanted = self.study.trials_of(optimizer)
         return self.afforded.get(f"{workload}/{optimizer}", {}).get(wanted, wanted)
+
+    def fidelity(self, optimizer: str) -> Fidelity | None:
+        """What a trial of an optimizer has done at a rung; None where nothing is stopped early."""
+        asha = self.study.tune.asha
+        return None if asha is None else asha.fidelity.under(self.resolved.schedules[optimizer])
 
     def rule_of(self, optimizer: str) -> str:
         """The update rule of an arm, whose name may be another; a name that is no arm's stands for itself."""

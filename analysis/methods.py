@@ -107,18 +107,17 @@ def _stopping(run: Run) -> str:
     )
     return (
         f"Successive halving [2] inside each arm ({asha.form}, {asha.order}, reduction factor {asha.reduction_factor}) "
-        f"decided which trials went on. {_fidelity(run, asha.fidelity)} {exempt}"
+        f"decided which trials went on. {_fidelity(run)} {exempt}"
     )
 
 
-def _fidelity(run: Run, fidelity: Fidelity) -> str:
+def _fidelity(run: Run) -> str:
     """What a trial had done at a rung, by arms where they differ."""
-    of_arm = {name: fidelity.under(run.resolved.schedules[name]) for name in run.optimizers}
     words = {
         Fidelity.RESCALE: "ended a complete schedule of its own length, and who went on started anew with a longer one",
         Fidelity.TRUNCATE: "cut the schedule of the full horizon",
     }
-    found = {kind: [name for name, own in of_arm.items() if own is kind] for kind in words}
+    found = {kind: [name for name in run.optimizers if run.fidelity(name) is kind] for kind in words}
     used = [kind for kind, names in found.items() if names]
     return " ".join(f"Each rung{f' of {listed(found[kind])}' if len(used) > 1 else ''} {words[kind]}." for kind in used)
 

@@ -111,7 +111,8 @@ def _searches(workload: WorkloadRanking) -> Table:
         note="Good learning rates end within 10 % of the arm's best objective; a range that ends at the lowest or "
         "highest rate tried is marked with <. Gain: share of the objective that the best configuration saves against "
         "the median one, or against the untuned arm of the same optimizer. Trials to 10 %: after how many "
-        "configurations the expected best is within 10 % of the best. Stopped trials count with what they had.",
+        "configurations the expected best is within 10 % of the best. A stopped trial counts with the objective of its "
+        "last rung.",
         columns=(
             "optimizer",
             "tune trials failed",
@@ -180,7 +181,8 @@ def _importance(workload: WorkloadRanking) -> Table:
     ]
     return Table(
         title="Which hyperparameters matter",
-        note="Share in what sets the best trials apart (PED-ANOVA), or in the variance of the objective (fANOVA).",
+        note="Share in what sets the best trials apart (PED-ANOVA), or in the variance of the objective (fANOVA). "
+        "A stopped trial counts with the objective of its last rung.",
         columns=("optimizer", "method", "importance"),
         rows=tuple(rows),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from analysis.ranking import WorkloadRanking
 from analysis.statistics import Floats
 from analysis.step_costs import time_axis
 from analysis.tuning_curve import TuningCurve, ended_value, tuning_curve
+from analysis.wording import listed
 from tunebench.study.record import Reason, Stage, TrialRecord
 from tunebench.study.seeds import named_seed
-from tunebench.study.spec import Objective
+from tunebench.study.spec import Fidelity, Objective
 
 _PANELS = 4
 _MOST_DOTS = 250
@@ -196,6 +197,7 @@ def sensitivity_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
         )
         for place, (name, trials) in enumerate(arms.items())
     )
+    crosses = " A cross at the top diverged or failed." if any(len(own) <= _MOST_DOTS for own in arms.values()) else ""
     how = (
         f"Arms with more than {_MOST_DOTS} trials are drawn by bins of the learning rate: line: median; band: "
         "quartiles; dots: the best trial of each bin."
@@ -206,12 +208,22 @@ def sensitivity_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
         name=f"{ranking.workload}-sensitivity",
         title="Sensitivity to the learning rate",
         caption=f"Sensitivity to the learning rate: every trial of the tune stage. Objective: "
-        f"{objective_label(run.study.objective)}. {how} Stopped trials were measured earlier in training than finished "
-        "ones. A cross at the top diverged or failed.",
+        f"{objective_label(run.study.objective)}. {how}{_stopped_words(run, arms)}{crosses}",
         panels=panels,
         columns=min(_PANELS, len(panels)),
         height=11.0,
     )
+
+
+def _stopped_words(run: Run, arms: Mapping[str, Sequence[TrialRecord]]) -> str:
+    """What the value of a stopped trial is, where some were stopped: rungs may cut a schedule or complete one."""
+    stopped = [name for name, own in arms.items() if any(trial.reason is Reason.STOPPED_ASHA for trial in own)]
+    rescaled = [name for name in stopped if run.fidelity(name) is Fidelity.RESCALE]
+    if not stopped:
+        return ""
+    whose = f", those of {listed(rescaled)}" if len(rescaled) < len(stopped) else ","
+    complete = f"{whose} at the end of a complete schedule of that length" if rescaled else ""
+    return f" Stopped trials were measured after fewer steps than finished ones{complete}."
 
 
 def _rate_axis(trials: Sequence[TrialRecord]) -> Axis:

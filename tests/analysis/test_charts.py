@@ -110,11 +110,27 @@ def test_many_trials_of_an_arm_are_drawn_by_bins(run: Run, ranking: Ranking) -> 
     assert chart is not None
     points = [len(mark.x) for panel in chart.panels for mark in panel.marks]
     assert max(points) <= 24
+    assert "A cross" not in chart.caption
+    assert "Stopped trials" not in chart.caption
     line = next(mark for mark in chart.panels[0].marks if mark.kind is Kind.LINE)
     assert line.low is not None
     assert line.high is not None
     assert (line.low <= line.y).all()
     assert (line.y <= line.high).all()
+
+
+def test_a_stopped_trial_is_said_to_have_ended_a_schedule_where_rungs_rescale(
+    run: Run, ranking: Ranking, tmp_path: Path
+) -> None:
+    chart = sensitivity_chart(run, ranking.workloads[0])
+    assert chart is not None
+    assert "after fewer steps than finished ones, at the end of a complete schedule of that length." in chart.caption
+    assert "A cross at the top" in chart.caption
+    constant = {"soap": {"schedule": {"kind": "constant"}}}
+    mixed = load(write_run(tmp_path / "run", Plan(arms={"adamw": (0.03,), "soap": (0.02,)}, settings=constant)))
+    found = sensitivity_chart(mixed, rank(mixed).workloads[0])
+    assert found is not None
+    assert "finished ones, those of adamw at the end of a complete schedule of that length." in found.caption
 
 
 def test_sentinels_have_a_best_of_n_of_their_own(run: Run, ranking: Ranking) -> None:
