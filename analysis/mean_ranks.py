@@ -7,15 +7,18 @@ power at the number of workloads of a study, so groups come from Wilcoxon's test
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy import stats
 
-from analysis.overall import LEVEL
+from analysis.overall import LEVEL, log_errors
 from analysis.ranking import Ranking
 from analysis.statistics import Floats
+from analysis.verdict import Verdict
+from analysis.wording import counted, listed
 from analysis.workload_tests import MINIMUM_WORKLOADS, holm, wilcoxon
 from tunebench.study.record import Metric, Split
 
@@ -34,9 +37,14 @@ def mean_ranks(ranking: Ranking) -> MeanRanks | str:
     number = len(ranking.workloads)
     if number < MINIMUM_WORKLOADS:
         return (
-            f"No critical-difference diagram: {number} workload{'s' if number != 1 else ''}, and below "
-            f"{MINIMUM_WORKLOADS} no signed-rank test can reach 5 %."
+            f"No critical-difference diagram: {counted(number, 'workload')}, and below {MINIMUM_WORKLOADS} no "
+            "signed-rank test can reach 5 %."
         )
+    if any(workload.decision.verdict is Verdict.EXPLORATORY for workload in ranking.workloads):
+        return "No critical-difference diagram: an exploratory search ranks nothing."
+    barred = [one.workload for one in ranking.workloads if one.decision.barred or not one.finished]
+    if barred:
+        return f"No critical-difference diagram: no verdict is allowed on {listed(barred)}."
     errors = _errors(ranking)
     if len(errors) < 2:
         return "No critical-difference diagram: fewer than two optimizers have an error on every workload."
@@ -54,7 +62,7 @@ def ranks_of(errors: dict[str, Floats]) -> MeanRanks | str:
     ranks = stats.rankdata(table, axis=0).mean(axis=1)
     order = [names[place] for place in np.lexsort((names, ranks))]
     pairs = list(combinations(order, 2))
-    p = holm([wilcoxon(_logs(errors[first]) - _logs(errors[second])) for first, second in pairs])
+    p = holm([wilcoxon(log_errors(errors[first]) - log_errors(errors[second])) for first, second in pairs])
     separated = {frozenset(pair) for pair, value in zip(pairs, p, strict=True) if value <= LEVEL}
     if not separated:
         return (
@@ -63,11 +71,11 @@ def ranks_of(errors: dict[str, Floats]) -> MeanRanks | str:
         )
     found = dict(zip(names, ranks.tolist(), strict=True))
     return MeanRanks(
-        workloads=table.shape[1], ranks={name: found[name] for name in order}, groups=_groups(order, separated)
+        workloads=table.shape[1], ranks={name: found[name] for name in order}, groups=groups_of(order, separated)
     )
 
 
-def _groups(order: list[str], separated: set[frozenset[str]]) -> tuple[tuple[str, ...], ...]:
+def groups_of(order: Sequence[str], separated: Collection[frozenset[str]]) -> tuple[tuple[str, ...], ...]:
     """Runs of neighbours in the order of which no pair is separated, without those inside a longer one."""
     runs: list[tuple[str, ...]] = []
     reach = 0
@@ -81,12 +89,6 @@ def _groups(order: list[str], separated: set[frozenset[str]]) -> tuple[tuple[str
             runs.append(tuple(order[start : end + 1]))
             reach = end
     return tuple(runs)
-
-
-def _logs(errors: Floats) -> Floats:
-    """Logs of errors; a failure gets a very large one, so that two of them are alike."""
-    failed = np.isinf(errors)
-    return np.where(failed, 100.0, np.log(np.where(failed, 1.0, errors))).astype(np.float64)
 
 
 def _errors(ranking: Ranking) -> dict[str, Floats]:

@@ -119,7 +119,7 @@ def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int, draws: int
         verdict = Verdict.EXPLORATORY if exploratory else Verdict.UNRESOLVED
         sentence = "Exploratory: nothing is ranked." if exploratory else "Unresolved: nothing to compare."
         return _overall(workloads, (verdict, (), sentence))
-    table = _logs({name: np.array([w.errors[name] for w in workloads], dtype=np.float64) for name in names})
+    table = {name: log_errors(np.array([w.errors[name] for w in workloads], dtype=np.float64)) for name in names}
     order = _order(table)
     comparisons = _compare(workloads, table, order, seed, draws)
     ratios = {name: _geometric(table[name] - table[order[0]]) for name in order}
@@ -219,13 +219,11 @@ def _intervals(workloads: Sequence[WorkloadErrors], order: Sequence[str], seed: 
     return found
 
 
-def _logs(errors: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Logs of errors; failures get a common, very large one so that two of them are alike."""
+def log_errors(errors: Floats) -> Floats:
+    """Logs of errors of any shape; failures get a common, very large one so that two of them are alike."""
+    failed = np.isinf(errors)
     with np.errstate(divide="ignore"):
-        return {
-            name: np.where(np.isinf(values), _FAILED, np.log(np.where(np.isinf(values), 1.0, values)))
-            for name, values in errors.items()
-        }
+        return np.where(failed, _FAILED, np.log(np.where(failed, 1.0, errors))).astype(np.float64)
 
 
 _FAILED = 100.0

@@ -14,9 +14,12 @@ from analysis.charts.drawn import draw
 from analysis.charts.plotly_form import dark_colours, looks_of, plotly_form
 from analysis.charts.run_charts import run_charts
 from analysis.charts.search_charts import sensitivity_chart
+from analysis.charts.study_charts import study_charts
 from analysis.figure_style import NEUTRAL, REASON_LOOKS, figure_style, look
 from analysis.load import Run, load
-from analysis.ranking import Ranking, rank
+from analysis.mean_ranks import mean_ranks
+from analysis.ranking import Ranking, WorkloadRanking, rank
+from analysis.verdict import Verdict
 from tests.analysis.synthetic_run import Plan, write_run
 from tunebench.study.search_space import shipped_optimizers
 
@@ -131,6 +134,35 @@ def test_a_stopped_trial_is_said_to_have_ended_a_schedule_where_rungs_rescale(
     found = sensitivity_chart(mixed, rank(mixed).workloads[0])
     assert found is not None
     assert "finished ones, those of adamw at the end of a complete schedule of that length." in found.caption
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    arms = {"adamw": (0.03, 0.031, 0.032, 0.033, 0.034), "soap": (0.02, 0.021, 0.022, 0.023, 0.024)}
+    plan = Plan(arms=arms, workloads=tuple(f"w{place}" for place in range(6)), trials_per_arm=3)
+    return load(write_run(tmp_path_factory.mktemp("six") / "run", plan))
+
+
+def test_mean_ranks_are_drawn_for_six_workloads_that_separate_two_optimizers_and_only_if_all_may_speak(
+    six: Run,
+) -> None:
+    ranking = rank(six)
+    (chart,) = [chart for chart in study_charts(six, ranking) if chart.name == "mean-ranks"]
+    assert {row[1] for row in chart_rows(chart)} >= {"adamw", "soap"}
+    with figure_style():
+        assert draw(chart).axes
+    last = ranking.workloads[-1]
+    changes: dict[str, WorkloadRanking] = {
+        "no verdict is allowed on w5": dataclasses.replace(last, finished=False),
+        "allowed on w5": dataclasses.replace(last, decision=dataclasses.replace(last.decision, barred=True)),
+        "an exploratory search ranks nothing": dataclasses.replace(
+            last, decision=dataclasses.replace(last.decision, verdict=Verdict.EXPLORATORY)
+        ),
+    }
+    for reason, changed in changes.items():
+        silent = dataclasses.replace(ranking, workloads=(*ranking.workloads[:-1], changed))
+        assert reason in str(mean_ranks(silent))
+        assert not [chart for chart in study_charts(six, silent) if chart.name == "mean-ranks"]
 
 
 def test_sentinels_have_a_best_of_n_of_their_own(run: Run, ranking: Ranking) -> None:

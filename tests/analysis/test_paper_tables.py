@@ -16,7 +16,7 @@ from analysis import latex
 from analysis.choice import choose
 from analysis.latex import tabular, write_latex
 from analysis.load import Run, load
-from analysis.mean_ranks import MeanRanks, ranks_of
+from analysis.mean_ranks import MeanRanks, groups_of, ranks_of
 from analysis.ranking import Ranking, rank
 from analysis.summary import escaped, summary
 from tests.analysis.synthetic_run import Plan, write_run
@@ -136,6 +136,17 @@ def test_mean_ranks_by_hand() -> None:
     alike = ranks_of({"a": np.array([1.0, 2.0] * 4), "b": np.array([2.0, 1.0] * 4)})
     assert isinstance(alike, str)
     assert "no pair" in alike
+
+
+def test_groups_may_overlap_and_none_lies_inside_another() -> None:
+    def separated(*pairs: str) -> set[frozenset[str]]:
+        return {frozenset(pair) for pair in pairs}
+
+    assert groups_of("abcd", separated("ad")) == (("a", "b", "c"), ("b", "c", "d"))
+    assert groups_of("abcd", separated("ac", "ad", "bd")) == (("a", "b"), ("b", "c"), ("c", "d"))
+    assert groups_of("abcd", separated("ab", "ac", "ad")) == (("b", "c", "d"),)
+    assert groups_of("abcd", separated("bc")) == (("a", "b"), ("c", "d"))
+    assert groups_of("ab", separated("ab")) == ()
 
 
 @given(st.permutations(["a", "b", "c"]))
