@@ -67,16 +67,16 @@ def write_pages(run: Run, ranking: Ranking, out: Path, refresh_s: int | None = N
     Raises:
         OSError: the folder cannot be written.
     """
+    page = out / PAGE
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(ranking), indent=2, ensure_ascii=False, allow_nan=False)
     (out / RANKING).write_text(f"{text}\n", encoding="utf-8")
-    (out / SUMMARY).write_text(summary(run, ranking), encoding="utf-8")
+    (out / SUMMARY).write_text(summary(run, ranking, page), encoding="utf-8")
     drawn = run_charts(run, ranking)
     write_tables(run, ranking, out / TABLES)
     write_latex(ranking, out / TABLES)
     for chart in drawn.every:
         _write_chart(chart, out)
-    page = out / PAGE
     with replacing(page) as file:
         file.write_text(render(run, ranking, drawn, refresh_s), encoding="utf-8")
     failed = tuple(_line(check) for check in ranking.checks if check.status is Status.FAILED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from analysis.arm_result import ArmResult
 from analysis.checks import Status
@@ -13,16 +15,24 @@ from analysis.ranking import Ranking, WorkloadRanking
 from analysis.wording import ABSENT, milli, milli_interval, number, params
 from tunebench.study.record import Metric, Split
 
-_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>|#~$@"})
+_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>|#~$@&"})
+_LINKS = re.compile(r"(?<=www)\.|://", re.IGNORECASE)
+"""Where a bare address begins, of which GitHub's Markdown makes a link."""
 _MOST_FINDINGS = 5
 
 
-def summary(run: Run, ranking: Ranking) -> str:
-    """Verdict, evidence, a table per workload, cost and what to use; everything that came from files is escaped."""
+def summary(run: Run, ranking: Ranking, page: Path) -> str:
+    """Verdict, evidence, a table per workload, cost and what to use; everything that came from files is escaped.
+
+    Args:
+        run: the run.
+        ranking: its ranking.
+        page: the page of its report, which the summary names.
+    """
     state = "" if ranking.finished else " (unfinished: provisional)"
     lines = [f"## {escaped(ranking.study)}{state}", "", f"**{escaped(ranking.overall.sentence)}**", ""]
     for workload in ranking.workloads:
-        lines += _workload(workload)
+        lines += _workload(workload, has_own_answer=len(ranking.workloads) > 1)
     lines += ["### How sure", "", *_items(evidence(ranking)), ""]
     wanted = remedies(ranking)
     lines += ["What would resolve what is open:", "", *_items(wanted), ""] if wanted else []
@@ -36,12 +46,13 @@ def summary(run: Run, ranking: Ranking) -> str:
         more = [f"and {len(failed) - _MOST_FINDINGS} more"] if len(failed) > _MOST_FINDINGS else []
         lines += ["### Failed checks", "", *_items([*failed[:_MOST_FINDINGS], *more]), ""]
     lines += ["### Cost", "", escaped(cost(run).sentence), ""]
-    lines += [f"Study `{ranking.study_hash[:12]}`. The report with every trial: `{run.path.name}/report/index.html`."]
+    lines += [f"Study `{ranking.study_hash[:12]}`. The report with every trial: {escaped(str(page))}"]
     return "\n".join(lines) + "\n"
 
 
-def _workload(workload: WorkloadRanking) -> list[str]:
-    lines = [f"### {escaped(workload.workload)}", "", escaped(workload.decision.sentence), ""]
+def _workload(workload: WorkloadRanking, *, has_own_answer: bool) -> list[str]:
+    lines = [f"### {escaped(workload.workload)}", ""]
+    lines += [escaped(workload.decision.sentence), ""] if has_own_answer else []
     lines += _table(("rank", "optimizer", "test force MAE, meV/Å", "95 %", "seeds", "failed"), map(_row, workload.arms))
     choice = choose(workload)
     if choice is not None:
@@ -67,4 +78,4 @@ def _items(lines: Iterable[str]) -> list[str]:
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, in one line; it mentions nobody and links nowhere."""
-    return " ".join(text.split()).translate(_SPECIAL)
+    return _LINKS.sub(r"\\\g<0>", " ".join(text.split()).translate(_SPECIAL))

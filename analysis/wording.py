@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from analysis.statistics import Interval
@@ -51,6 +53,11 @@ def counted(count: int, noun: str) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names with commas between them."""
     return ", ".join(names)
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def params(values: Mapping[str, Any]) -> str:

@@ -100,7 +100,10 @@ def test_figures_and_tables_are_the_same_every_time(run: Path, tmp_path: Path) -
     assert main([str(run), "--out", str(tmp_path)]) == DONE
     for file in (run / "report").rglob("*"):
         if file.is_file():
-            assert (tmp_path / file.relative_to(run / "report")).read_bytes() == file.read_bytes(), file.name
+            again, once = (tmp_path / file.relative_to(run / "report")).read_bytes(), file.read_bytes()
+            if file.name == "summary.md":  # its last line names the page
+                again, once = (text.partition(b"The report with every trial:")[0] for text in (again, once))
+            assert again == once, file.name
 
 
 def test_json_prints_the_ranking_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sentinels=8,
         force_fractions={"ethanol-allegro": 0.3},
     )
-    run = write_run(tmp_path_factory.mktemp("page") / "run", plan)
+    run = write_run(tmp_path_factory.mktemp("page") / "my run", plan)
     write_report(run)
     return run / "report"
+
+
+def test_commands_of_the_page_can_be_copied_into_a_shell(report: Path) -> None:
+    text = html.unescape((report / "index.html").read_text(encoding="utf-8"))
+    assert f"tunebench export {shlex.quote(str(report.parent))} --workload ethanol-nequip -o config.yaml" in text
+    assert "'" in shlex.quote(str(report.parent))
 
 
 class Opened:

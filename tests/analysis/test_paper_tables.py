@@ -85,7 +85,8 @@ def test_any_text_makes_a_table_that_balances(cells: list[str]) -> None:
 
 
 def test_the_summary_says_verdict_evidence_cost_and_what_to_use(run: Run, ranking: Ranking) -> None:
-    text = summary(run, ranking)
+    text = summary(run, ranking, Path("elsewhere/index.html"))
+    assert text.endswith("The report with every trial: elsewhere/index.html\n")
     assert text.startswith("## synthetic\n\n**")
     assert "### ethanol\\_nequip" in text
     assert "| 1 | muon | 22.0 |" in text
@@ -102,7 +103,17 @@ def test_the_summary_says_verdict_evidence_cost_and_what_to_use(run: Run, rankin
 def test_nothing_in_the_summary_is_markup_or_a_mention(text: str) -> None:
     shown = escaped(text)
     assert "\n" not in shown
-    assert not re.search(r"(?<!\\)(\\\\)*[`*_<>|#@\[\]]", shown)
+    assert not re.search(r"(?<!\\)(\\\\)*[`*_<>|#@&\[\]]", shown)
+
+
+@given(
+    st.text(), st.sampled_from(["https://example.org", "HTTP://x.y", "www.example.org", "WWW.x.y", "\\://", "&copy;"])
+)
+def test_no_address_in_the_summary_becomes_a_link(around: str, link: str) -> None:
+    shown = escaped(around + link + around)
+    assert not re.search(r"(?<!\\)(\\\\)*(://|&)", shown)
+    assert not re.search(r"www\.", shown, re.IGNORECASE)
+    assert escaped("see https://www.a.org") == r"see https\://www\.a.org"
 
 
 def test_the_choice_in_a_tie_is_the_cheapest_where_steps_were_timed_alone(ranking: Ranking) -> None:
