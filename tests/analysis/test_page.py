@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from analysis.report import write_report
+from tests.analysis.contrast import contrast, luminance
 from tests.analysis.synthetic_run import Plan, write_run
 
 READY = "html[data-plots=drawn][data-table=ready]"
@@ -159,18 +160,6 @@ def test_copy_takes_the_whole_config(chromium: Any, report: Path) -> None:
     assert copied.startswith("trainer:\n  max_steps: 240")
     assert "_target_: tunebench.optim." in copied
     found.context.close()
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of ``rgb(...)``, after WCAG 2."""
-    parts = [float(part) / 255.0 for part in re.findall(r"[\d.]+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(first: str, second: str) -> float:
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def colours(page: Any) -> dict[str, str]:
