@@ -23,7 +23,9 @@ def training_module(task: TrialTask) -> dict[str, Any]:
     statistics = training_statistics(
         task.data, workload.model.r_max_angstrom, workload.labels.force_fraction, task.seeds.labels
     )
-    sections = training_sections(workload, task.optimizer, task.hyperparameters, task.schedule, task.averaged)
+    sections = training_sections(
+        workload, task.optimizer, task.hyperparameters, task.schedule, task.averaged, horizon=workload.max_steps
+    )
     model = model_config(workload.model, task.data.type_names, statistics, task.seeds.init)
     return {"_target_": sections.pop("_target_"), "model": model, **sections}
 

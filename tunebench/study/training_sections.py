@@ -21,7 +21,13 @@ _LABELLED_ERROR = "tunebench.engine.labelled.LabelledMeanSquaredError"
 
 
 def training_sections(
-    workload: Workload, optimizer: str, hyper: Hyperparameters, schedule: Schedule, averaged: Readout
+    workload: Workload,
+    optimizer: str,
+    hyper: Hyperparameters,
+    schedule: Schedule,
+    averaged: Readout,
+    *,
+    horizon: int,
 ) -> dict[str, Any]:
     """The `training_module` section but for its model, which needs the data.
 
@@ -31,13 +37,14 @@ def training_sections(
         hyper: its hyperparameters, searched and fixed.
         schedule: of the learning rate.
         averaged: the averaged readout, EMA or SCHEDULE_FREE.
+        horizon: steps over which the schedule runs.
     """
     free = averaged is Readout.SCHEDULE_FREE
     kind = "ScheduleFreeLightningModule" if free else "EMALightningModule"
     return {
         "_target_": f"nequip.train.{kind}",
         "optimizer": optimizer_config(optimizer, hyper),
-        "lr_scheduler": lr_scheduler(schedule, workload.max_steps),
+        "lr_scheduler": lr_scheduler(schedule, horizon),
         "loss": loss_section(workload.loss, partial_forces=workload.labels.force_fraction < 1),
         "val_metrics": metrics_section(workload.loss),
         "test_metrics": metrics_section(workload.loss),
