@@ -211,6 +211,8 @@ def test_print_opens_what_is_folded_and_fits_the_paper(chromium: Any, report: Pa
     assert luminance(colours(found.page)["page"]) > 0.9
     widths = found.page.eval_on_selector_all(".plot .main-svg", "plots => plots.map(plot => plot.clientWidth)")
     assert max(widths) <= 680
+    grid = found.page.evaluate("getComputedStyle(document.querySelector('.plot .ygrid, .plot .xgrid')).stroke")
+    assert luminance(grid) > 0.5
     assert found.page.is_hidden("nav")
     assert found.page.pdf().startswith(b"%PDF")
     found.context.close()
