@@ -17,14 +17,12 @@ from analysis.selection import (
     rule_shares,
 )
 from analysis.step_costs import untimed
+from tunebench.study.edges import outer_side
 from tunebench.study.objective import objective_value
 from tunebench.study.record import CURVES, OOD_PREFIX, Metric, Reason, Split, Stage, TrialRecord
-from tunebench.study.search_space import FloatParameter
 
 LARGEST_SPREAD = 1.05
 """Rule F2: largest over smallest share of an arm in the tune stage."""
-EDGE = 0.1
-"""Rule F5: the best learning rate should not lie in the outer tenth of its range."""
 
 
 class Status(StrEnum):
@@ -77,7 +75,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
         )
         protocol = (
             ("arms were given equal tuning budgets (F2)", _unequal_budget(run, workload)),
-            ("the best learning rate is inside its range (F5)", _edges(run, workload)),
+            ("best learning rates and weight decays are inside their ranges (F5)", _edges(run, workload)),
         )
         checks += [checked(name, Status.FAILED, workload, findings) for name, findings in integrity]
         checks += [checked(name, Status.WARNING, workload, findings) for name, findings in protocol]
@@ -196,11 +194,17 @@ def _other_weights(run: Run, workload: str) -> Iterator[str]:
 
 def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
     shares = {name: arm_ledger(run, workload, name, Stage.TUNE) for name in run.rivals}
+    cap = run.study.tune.device_seconds_per_arm
+    for name, share in shares.items():
+        wanted = run.study.trials_of(name)
+        if cap is not None and 0 < share.trials < wanted:
+            yield f"{cap:.0f} device-seconds paid for {share.trials} of {wanted} configurations of {name}"
     calibrated = [share.calibrated_s for share in shares.values() if share.calibrated_s is not None]
     seconds = {"calibrated device-seconds": calibrated}
     if len(calibrated) < len(shares):
         seconds = {"device-seconds": [share.device_s for share in shares.values()]}
-    for unit, values in {"trials": [float(share.trials) for share in shares.values()], **seconds}.items():
+    trials = {"trials": [float(share.trials) for share in shares.values()]} if cap is None else {}
+    for unit, values in {**trials, **seconds}.items():
         ratio = spread(values)
         if ratio is None and any(values):
             yield f"an arm was given no {unit}"
@@ -211,14 +215,12 @@ def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
 def _edges(run: Run, workload: str) -> Iterator[str]:
     for optimizer in run.optimizers:
         best = best_candidate(confirm_candidates(run, workload, optimizer), run.study.objective)
-        space = run.resolved.spaces[optimizer]
-        parameter = space.parameters.get("learning_rate")
-        if best is None or not isinstance(parameter, FloatParameter):
-            continue
-        rate = float(best.params["learning_rate"])
-        try:
-            inside = EDGE <= parameter.unit_of(rate) <= 1.0 - EDGE
-        except ValueError:
-            inside = False
-        if not inside:
-            yield f"{optimizer}: best learning rate {rate:.3g} is in the outer tenth of its range; maybe unconverged"
+        for name, parameter in run.resolved.spaces[optimizer].parameters.items():
+            if best is not None and name in best.params and outer_side(parameter, best.params[name]):
+                yield (
+                    f"{optimizer}: best {name.replace('_', ' ')} {best.params[name]:.3g} is in the outer tenth of its "
+                    "range; maybe unconverged, and `tunebench run --extend` widens the range"
+                )
+    for optimizer, ranges in run.widened.items():
+        for name, (low, high) in ranges.items():
+            yield f"{optimizer}: {name.replace('_', ' ')} was widened after the start to {low:g} to {high:g}"

@@ -16,7 +16,7 @@ class ArmLedger:
 
     Attributes:
         trials: trials in the journal, ended or not.
-        steps: optimizer steps done.
+        steps: optimizer steps done, those at shorter horizons and those that a kill or a crash took among them.
         device_s: device-seconds of training as spent, without evaluation; a slot of a cohort has its share of a step.
         calibrated_s: steps times solo step times; None where `calibration.json` does not cover the trials.
         wall_s: seconds of training by the clock on the wall.
@@ -52,7 +52,7 @@ def arm_ledger(run: Run, workload: str, optimizer: str, stage: Stage) -> ArmLedg
         optimizer=optimizer,
         stage=stage,
         trials=len(trials),
-        steps=int(_total(trials, "steps")),
+        steps=int(_total(trials, "steps") + _total(trials, "lost_steps")),
         device_s=_total(trials, "device_s"),
         calibrated_s=total_calibrated_s(run, trials),
         wall_s=_total(trials, "wall_s"),

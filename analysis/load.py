@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tunebench.study.errors import RunError
+from tunebench.study.extension import Ranges, read_extension
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
@@ -49,6 +50,11 @@ class Run:
     def study(self) -> Study:
         """The study as it was frozen when the run started."""
         return self.resolved.study
+
+    @property
+    def widened(self) -> Ranges:
+        """Ranges that were widened after the start, by optimizer and hyperparameter."""
+        return read_extension(self.resolved, self.path).widened
 
     @property
     def workloads(self) -> tuple[str, ...]:
@@ -102,7 +108,7 @@ def load(path: Path) -> Run:
         if not (path / name).is_file():
             raise RunError(f"{path}: found no {name}, allowed: a run directory written by `tunebench run`")
     resolved = load_run(path)
-    trials = _trials(path)
+    trials = tuple(read_trials(path))
     curves, curve_damages = _curves(path / CURVES, [trial.key.trial_id for trial in trials])
     environment, environment_damages = _environment(path / ENVIRONMENT)
     calibration, calibration_damages = _calibration(path, resolved)
@@ -115,14 +121,6 @@ def load(path: Path) -> Run:
         calibration=calibration,
         damages=(*curve_damages, *environment_damages, *calibration_damages),
     )
-
-
-def _trials(path: Path) -> tuple[TrialRecord, ...]:
-    try:
-        return tuple(read_trials(path))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunError(f"{path / JOURNAL}: found an unreadable journal ({text}), allowed: Optuna's journal") from error
 
 
 def _curves(folder: Path, trial_ids: list[str]) -> tuple[pd.DataFrame, list[str]]:

@@ -26,8 +26,11 @@ def step_time(run: Run, trial: TrialRecord) -> StepTime | None:
 
 
 def calibrated_s(run: Run, trial: TrialRecord) -> float | None:
-    """Calibrated device-seconds of a trial's steps, without evaluation; None where the table does not have them."""
-    steps, cost = trial.ledger.get("steps", 0.0), step_time(run, trial)
+    """Calibrated device-seconds of a trial's steps, without evaluation; None where the table does not have them.
+
+    Steps that a kill or a crash took are among them: they were paid for.
+    """
+    steps, cost = trial.ledger.get("steps", 0.0) + trial.ledger.get("lost_steps", 0.0), step_time(run, trial)
     return steps * cost.median_s if cost is not None else None
 
 

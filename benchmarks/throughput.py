@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import gc
 import itertools
 import json
@@ -516,7 +517,7 @@ class Worker:
         self._patience_s = patience_s
         self._busy = False
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, barrier), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, barrier, patience_s), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -563,15 +564,17 @@ def workers(count: int, patience_s: float, barrier: Barrier | None = None) -> It
             worker.close()
 
 
-def _serve(pipe: Any, barrier: Barrier | None) -> None:
+def _serve(pipe: Any, barrier: Barrier | None, patience_s: float) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     shared = {} if barrier is None else {"barrier": barrier}
     while (order := pipe.recv()) is not None:
         function, arguments = order
+        faulthandler.dump_traceback_later(patience_s)  # says where a cell stood that is about to be given up
         try:
             answer = True, function(*arguments, **shared)
         except Exception as error:  # becomes the cell's failure
             answer = False, one_line(error)
+        faulthandler.cancel_dump_traceback_later()
         gc.collect()  # captured graphs keep device memory that the next cell needs
         torch.cuda.empty_cache()
         pipe.send(answer)

@@ -92,9 +92,9 @@ def plan(
     where a rule fails that the study does not waive.
     """
     from tunebench.study.lint import lint
-    from tunebench.study.plan import plan_summary
     from tunebench.study.power import LEVEL, POWER, smallest_difference
     from tunebench.study.resolve import resolve
+    from tunebench.study.summary import plan_summary
     from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
@@ -137,7 +137,13 @@ def run(
     study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
-    extend: Annotated[int, typer.Option(min=0, help="further configurations for every arm of a run that began")] = 0,
+    extend: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="more configurations for every arm of a run that began; widens ranges whose best lies at the edge",
+        ),
+    ] = 0,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -455,15 +461,27 @@ def _plan_table(summary: dict[str, Any]) -> Table:
             arm["arm"],
             arm["engine"] or "",
             "" if arm["slots"] is None else str(arm["slots"]),
-            str(arm["trials"]),
+            _capped(arm),
             str(arm["confirm_trials"]),
             str(arm["horizon_steps"]),
-            " ".join(map(str, arm["rungs"])),
+            _rungs(arm),
             " ".join(map(str, arm["expected_survivors"])),
             "" if arm["step_s"] is None else f"{1e3 * arm['step_s']:.1f}",
             "" if arm["expected_device_s"] is None else f"{arm['expected_device_s']:.0f}",
         )
     return table
+
+
+def _capped(arm: dict[str, Any]) -> str:
+    """Trials of an arm, and how many there would be without its cap on device-seconds."""
+    count, wanted = arm["trials"], arm["trials_without_cap"]
+    return str(count) if count == wanted else f"{count} of {wanted}"
+
+
+def _rungs(arm: dict[str, Any]) -> str:
+    """Steps of the rungs, and whether each ends a schedule of its own."""
+    steps = " ".join(map(str, arm["rungs"]))
+    return f"{steps} (rescale)" if arm["fidelity"] == "rescale" else steps
 
 
 def _replay_view(summary: dict[str, Any]) -> Group:
@@ -476,19 +494,13 @@ def _replay_view(summary: dict[str, Any]) -> Group:
         lost = f"{100 * row['best_lost']:.1f} ({100 * row['best_lost_low']:.0f} to {100 * row['best_lost_high']:.0f})"
         cells = (lost, f"{row['best_objective']:.4g}", f"{row['best_left_objective']:.4g}")
         saved = f"{100 * row['steps_saved']:.0f}"
-        rungs = " ".join(map(str, row["rungs"]))
-        replayed.add_row(row["arm"], str(row["trials"]), rungs, *cells, str(row["different_outcomes"]), saved)
+        replayed.add_row(row["arm"], str(row["trials"]), _rungs(row), *cells, str(row["different_outcomes"]), saved)
     evidence = Table(title="sentinels: what the run's own rungs would have stopped", title_justify="left")
     for column in ("arm", "sentinels", "would stop", "wrongly", "false stops [%]"):
         evidence.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
     for row in summary["sentinels"]:
-        rate = (
-            ""
-            if row["rate"] is None
-            else f"{100 * row['rate']:.0f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-        )
         counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
-        evidence.add_row(row["arm"], *counts, rate)
+        evidence.add_row(row["arm"], *counts, _rate(row))
     return Group(replayed, evidence)
 
 
@@ -525,13 +537,21 @@ def _status_table(summary: dict[str, Any]) -> Table:
     state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
-    for column in ("arm", "stage", "engine", *counted, "best objective"):
+    for column in ("arm", "stage", "engine", *counted, "best objective", "false stops [%]"):
         left = column in ("arm", "stage", "engine")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for row in summary["arms"]:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
-        table.add_row(row["arm"], row["stage"], row["engine"], *(str(row[name]) for name in counted), best)
+        counts = (str(row[name]) for name in counted)
+        table.add_row(row["arm"], row["stage"], row["engine"], *counts, best, _rate(row["false_stops"]))
     return table
+
+
+def _rate(stops: dict[str, Any] | None) -> str:
+    """A rate of false stops with its interval, in percent; empty without sentinels."""
+    if stops is None or stops["rate"] is None:
+        return ""
+    return f"{100 * stops['rate']:.0f} ({100 * stops['low']:.0f} to {100 * stops['high']:.0f})"
 
 
 def _block_tables(inspection: dict[str, Any]) -> tuple[Table, Table]:

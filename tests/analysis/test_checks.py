@@ -100,6 +100,16 @@ def test_unequal_budgets_are_a_warning(sound: Run) -> None:
     )
 
 
+def test_a_cap_on_device_seconds_that_left_an_arm_fewer_configurations_is_told(sound: Run) -> None:
+    tune = sound.study.tune.model_copy(update={"device_seconds_per_arm": 90.0})
+    resolved = dataclasses.replace(sound.resolved, study=sound.study.model_copy(update={"tune": tune}))
+    wanted = sound.study.tune.trials_per_arm
+    kept = tuple(t for t in sound.trials if t.key.optimizer != "muon" or t.key.config_index < 3)
+    found = findings(dataclasses.replace(sound, resolved=resolved, trials=kept), Status.WARNING)
+    assert f"90 device-seconds paid for 3 of {wanted} configurations of muon" in found
+    assert not any("share of trials" in finding for finding in found)
+
+
 def test_learning_rate_at_the_edge_is_a_warning(sound: Run) -> None:
     low = sound.resolved.spaces["muon"].parameters["learning_rate"].value_at(0.02)
     trials = tuple(

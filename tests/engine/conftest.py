@@ -53,6 +53,7 @@ def make_task(tmp_path: Path, tiny_ethanol: XtbData, prepared_ethanol: PreparedD
             evaluation_steps=evaluation_steps,
             run=tmp_path / name,
             treats=space.treats,
+            written_every_s=0.0,
         )
 
     return make

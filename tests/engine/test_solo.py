@@ -21,8 +21,6 @@ from tunebench.engine.functional import Untraceable
 from tunebench.engine.solo import CohortSolo, LightningSolo, SoloPlan, solo_steps
 from tunebench.engine.task import TrialTask
 from tunebench.optim.matrix_view import trainable_parameters
-from tunebench.study.plan import trial_seeds
-from tunebench.study.record import Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, resolve
 from tunebench.study.spec import Schedule, ScheduleKind, XtbData
 from tunebench.workloads.data import PreparedData
@@ -90,7 +88,7 @@ def test_every_step_is_measured_once_in_every_round_before_any_is_measured_again
 ) -> None:
     resolved = study(tmp_path, tiny_ethanol, "adamw", "soap", workloads=2)
     data = {workload.name: prepared_ethanol for workload in resolved.study.workloads}
-    table = solo_steps(resolved, data, [], SoloPlan(rounds=3, seconds=0.1), lambda line: None)
+    table = solo_steps(resolved, data, {}, SoloPlan(rounds=3, seconds=0.1), lambda line: None)
     views = ("per_type", "flat", "merged")
     once = [
         cell
@@ -112,19 +110,9 @@ def test_only_settings_of_the_runs_trials_are_measured(
 ) -> None:
     resolved = study(tmp_path, tiny_ethanol, "adamw", "soap")
     params = {"learning_rate": 0.1, "fctp_view": "flat", "precondition_frequency": 3}
-    trials = [record("soap", params, 0), record("soap", {**params, "learning_rate": 0.2}, 1), record("adamw", {}, 0)]
-    plan = SoloPlan(rounds=1)
-    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, trials, plan, lambda line: None)
+    searched = {"ethanol-0/soap": [params, {**params, "learning_rate": 0.2}], "ethanol-0/adamw": [{}]}
+    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, searched, SoloPlan(rounds=1), lambda line: None)
     assert [(step.optimizer, step.settings) for step in table.steps] == [("adamw", {}), ("soap", {"fctp_view": "flat"})]
-
-
-def record(optimizer: str, params: dict[str, Any], config: int) -> TrialRecord:
-    key = TrialKey(workload="ethanol-0", optimizer=optimizer, stage=Stage.TUNE, config_index=config, seed_index=0)
-    seeds = trial_seeds(0, "ethanol-0", Stage.TUNE, 0)
-    return TrialRecord(
-        key=key, number=config, state="WAITING", reason=None, detail={}, value=None, params=params, rungs={},
-        seeds=seeds, ledger={},
-    )  # fmt: skip
 
 
 def test_plain_and_refresh_steps_keep_their_rounds_and_the_steps_fill_the_time_asked_for(
@@ -139,7 +127,7 @@ def test_plain_and_refresh_steps_keep_their_rounds_and_the_steps_fill_the_time_a
     resolved = study(tmp_path, tiny_ethanol, "soap")
     resolved = replace(resolved, spaces={"soap": resolved.spaces["soap"].fix({"fctp_view": "flat"})})
     table = solo_steps(
-        resolved, {"ethanol-0": prepared_ethanol}, [], SoloPlan(rounds=3, seconds=0.2), lambda line: None
+        resolved, {"ethanol-0": prepared_ethanol}, {}, SoloPlan(rounds=3, seconds=0.2), lambda line: None
     )
     (step,) = table.steps
     assert step.refresh is not None
@@ -167,7 +155,7 @@ def test_a_step_that_fails_is_named_in_one_line_and_left_out_of_the_table(
     recorder.seconds_of = staticmethod(seconds)
     resolved = study(tmp_path, tiny_ethanol, "adamw", "soap")
     said: list[str] = []
-    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, [], SoloPlan(rounds=2), said.append)
+    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, {}, SoloPlan(rounds=2), said.append)
     (line,) = [line for line in said if "left out" in line]
     assert line == "ethanol-0/soap (fctp_view merged): left out, RuntimeError: no memory for that"
     assert [step.settings for step in table.steps] == [{}, {"fctp_view": "per_type"}, {"fctp_view": "flat"}]
@@ -182,7 +170,7 @@ def test_a_model_that_cannot_be_traced_is_timed_by_the_lightning_engine_and_the_
     monkeypatch.setattr(Cohort, "join", refuse)
     said: list[str] = []
     resolved = study(tmp_path, tiny_ethanol, "adamw", "schedule_free")
-    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, [], SoloPlan(rounds=2, seconds=0.01), said.append)
+    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, {}, SoloPlan(rounds=2, seconds=0.01), said.append)
     assert said[0] == "ethanol-0: lightning engine, because its model cannot be traced: it reads a value"
     assert [(step.optimizer, step.engine) for step in table.steps] == [
         ("adamw", "lightning"),
@@ -195,7 +183,7 @@ def test_the_table_says_where_and_with_what_it_was_measured(
     tmp_path: Path, tiny_ethanol: XtbData, prepared_ethanol: PreparedData, recorder: type[Recorder]
 ) -> None:
     resolved = study(tmp_path, tiny_ethanol, "adamw")
-    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, [], SoloPlan(rounds=2), lambda line: None)
+    table = solo_steps(resolved, {"ethanol-0": prepared_ethanol}, {}, SoloPlan(rounds=2), lambda line: None)
     assert (table.schema_version, table.study_hash, table.kind, table.rounds) == (1, resolved.hash, "cpu", 2)
     assert table.device == (table.environment["processor"] or "cpu")
     assert table.environment["packages"]["torch"]

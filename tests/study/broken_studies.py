@@ -283,6 +283,16 @@ BROKEN = [
         edit=put("schedule", value={"kind": "warmup_stable_decay", "warmup_fraction": 0.6, "decay_fraction": 0.5}),
     ),
     BrokenStudy(
+        id="decay of a schedule without that part",
+        key="schedule.decay_fraction",
+        edit=put("schedule", value={"kind": "cosine", "decay_fraction": 0.5}),
+    ),
+    BrokenStudy(
+        id="end of a constant schedule",
+        key="optimizers[0].schedule.final_factor",
+        edit=put("optimizers", 0, value={"name": "adamw", "schedule": {"kind": "constant", "final_factor": 0.1}}),
+    ),
+    BrokenStudy(
         id="first rung after the end", key="tune.asha.grace_steps", edit=put("tune", "asha", "grace_steps", value=MANY)
     ),
     BrokenStudy(id="confirms more than it tried", key="confirm.top_k", edit=put("confirm", "top_k", value=MANY)),

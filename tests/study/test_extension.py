@@ -30,7 +30,21 @@ def test_further_configurations_continue_the_sequence(tmp_path: Path) -> None:
     assert sobol_points(spaces, 16, seed)[:9] == sobol_points(spaces, 9, seed)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"trials_per_arm": 8}', '{"trials_per_arm": "many"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"trials_per_arm": 8}',
+        '{"trials_per_arm": "many"}',
+        '{"trials_per_arm": 9, "widened": []}',
+        '{"trials_per_arm": 9, "widened": {"lion": {"learning_rate": [1e-9, 1e3]}}}',
+        '{"trials_per_arm": 9, "widened": {"adamw": {"learning_rate": [0.01, 0.02]}}}',
+        '{"trials_per_arm": 9, "widened": {"adamw": {"learning_rate": [-1.0, 1e3]}}}',
+        '{"trials_per_arm": 9, "widened": {"adamw": {"learning_rate": 3}}}',
+    ],
+)
 def test_a_damaged_extension_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     study = resolved(tmp_path)
     (tmp_path / EXTENSION).write_text(text)

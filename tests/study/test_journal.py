@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter, mend_torn_tail, read_trials
 from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 
@@ -249,6 +250,31 @@ def test_no_journal_is_an_error_and_none_is_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda lines: [*lines[:4], b"{}\n", *lines[4:]], "line 5 is no entry"),
+        (lambda lines: [*lines[:-1], lines[-1].replace(b"{", b"[", 1)], "line 21 is no entry"),
+        (lambda lines: [line.replace(b"tune.c001", b"tune.c007") for line in lines], "c007.s0' of arm 'ethanol/lamb'"),
+        (lambda lines: [line.replace(b'"steps":9', b'"steps":""') for line in lines], "c000.s0': ledger.steps: Input"),
+        (lambda lines: lines[1:], "0 of 2 trials can be read"),
+    ],
+)
+def test_a_damaged_journal_is_refused_in_one_line_by_reader_and_driver(
+    tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]], what: str
+) -> None:
+    write_everything(tmp_path)
+    damaged = b"".join(damage((tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)))
+    (tmp_path / JOURNAL).write_bytes(damaged)
+    for use in (read_trials, JournalWriter):
+        with pytest.raises(
+            RunError, match=r"journal.log: found an unreadable journal \(.+\), allowed: Optuna's"
+        ) as caught:
+            use(tmp_path)
+        assert what in str(caught.value)
+    assert (tmp_path / JOURNAL).read_bytes() == damaged
+
+
 def test_reading_writes_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = write_everything(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path, *tmp_path.iterdir())}
@@ -284,3 +310,38 @@ def test_trials_are_listed_arm_by_arm_in_the_order_of_their_planning(tmp_path: P
     assert [(t.key.arm, t.key.config_index) for t in read_trials(tmp_path)] == [
         (arm, index) for arm in arms for index in (2, 0, 1)
     ]
+
+
+def test_the_end_of_a_trial_waits_for_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    journal.start(trial)
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    end(journal, trial)
+    assert len(waits) == 1
+    (record,) = read_trials(tmp_path)
+    assert (record.reason, record.ledger, record.result) == (Reason.FINISHED, LEDGER, RESULT)
+
+
+def test_an_end_that_the_disk_refuses_leaves_the_trial_open_and_can_be_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    journal.start(trial)
+    written = (tmp_path / JOURNAL).read_bytes()
+
+    def refuse(file: int) -> None:
+        (tmp_path / JOURNAL).write_bytes(written)  # nothing of it is on the disk
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        end(journal, trial)
+    monkeypatch.undo()
+    assert [record.state for record in read_trials(tmp_path)] == ["RUNNING"]
+    end(journal, trial)
+    assert [record.reason for record in read_trials(tmp_path)] == [Reason.FINISHED]

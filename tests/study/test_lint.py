@@ -45,7 +45,7 @@ def judged(folder: Path, **changes: Any) -> Mapping[str, Finding]:
 
 
 def test_a_fair_study_passes_every_rule(tmp_path: Path) -> None:
-    found = judged(tmp_path, tune={"trials_per_arm": 20})
+    found = judged(tmp_path, tune={"trials_per_arm": 20, "device_seconds_per_arm": 3600.0})
     assert {rule: finding.verdict for rule, finding in found.items()} == dict.fromkeys(found, PASS)
     assert list(found) == [
         "F1",
@@ -69,6 +69,7 @@ def test_a_fair_study_passes_every_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "verdict", "changes"),
     [
+        ("F2", WARN, {}),
         ("F3", FAIL, {"optimizers": ["adamw", {"name": "radam", "fixed": {"learning_rate": 0.01}}]}),
         ("F4", WARN, {"tune": {"sampler": "tpe"}}),
         ("F6", WARN, {"optimizers": ["adamw", "soap"]}),
@@ -79,7 +80,9 @@ def test_a_fair_study_passes_every_rule(tmp_path: Path) -> None:
         ("F12", FAIL, {"tune": {"asha": {"grace_steps": 99}}}),
         ("F12", FAIL, {"tune": {"asha": {"reduction_factor": 4}}}),
         ("F12", FAIL, {"schedule": {"kind": "constant", "warmup_fraction": 0.3}}),
-        ("F12", WARN, {"schedule": {"kind": "cosine"}}),
+        ("F12", PASS, {"schedule": {"kind": "cosine"}, "tune": {"asha": {"grace_steps": 20}}}),
+        ("F12", WARN, {"schedule": {"kind": "cosine"}, "tune": {"asha": {"fidelity": "truncate"}}}),
+        ("F12", FAIL, {"schedule": {"kind": "cosine"}, "tune": {"asha": {"fidelity": "truncate", "grace_steps": 99}}}),
         ("F12", PASS, {"schedule": {"kind": "cosine"}, "tune": {"asha": None}}),
         ("F13", WARN, {"tune": {"asha": {"sentinels": 7}}}),
         ("F13", WARN, {"tune": {"trials_per_arm": 8}}),

@@ -166,7 +166,8 @@ def test_numbers_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["1e-3", "no", "true", "null", "", "~", "010", "a: b", "5", 1e-12, 1e22, 3, None, [1, "1"]]
+    "value",
+    ["1e-3", "no", "true", "null", "", "~", "010", "a: b", "5", 1e-12, 1e22, 3, None, [1, "1"], "\x85", "a\u2028b\n"],
 )
 def test_what_is_written_reads_back_the_same(value: object, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(write_yaml({"key": value}))

@@ -10,7 +10,6 @@ from tunebench.study.plan import (
     ArmPlan,
     evaluation_steps,
     plan_arms,
-    plan_summary,
     rung_steps,
     survivors,
     trial_seeds,
@@ -18,10 +17,12 @@ from tunebench.study.plan import (
 )
 from tunebench.study.record import Readout, Stage
 from tunebench.study.resolve import ResolvedStudy, load_run, resolve
-from tunebench.study.spec import Asha, ScheduleKind, Tune, Workload
+from tunebench.study.spec import Asha, Fidelity, ScheduleKind, Tune, Workload
+from tunebench.study.summary import plan_summary
 
 DATA = {"source": "xtb", "system": "ethanol", "frames": {"train": 10, "val": 4, "test": 4}}
 MODEL = {"family": "nequip"}
+ASHA = {"grace_steps": 1, "reduction_factor": 3, "sentinels": 0, "fidelity": "truncate"}
 
 
 def workload(**changes: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def resolved(folder: Path, **changes: Any) -> ResolvedStudy:
         "name": "small",
         "workloads": [workload()],
         "optimizers": ["adamw", "schedule_free"],
-        "tune": {"trials_per_arm": 9, "asha": {"grace_steps": 1, "reduction_factor": 3, "sentinels": 0}},
+        "tune": {"trials_per_arm": 9, "asha": ASHA},
         "confirm": {"top_k": 2, "seeds": 5},
     }
     file = folder / "study.yaml"
@@ -126,6 +127,29 @@ def test_the_stopping_form_keeps_those_expected_when_trials_arrive_in_random_ord
 ) -> None:
     asha = Asha(reduction_factor=factor, form="stopping", order="asynchronous", sentinels=0)
     assert survivors(Tune(trials_per_arm=trials, asha=asha), rungs) == expected
+
+
+def test_complete_schedules_at_every_rung_are_paid_from_the_beginning(tmp_path: Path) -> None:
+    by_hand = 9 * 1 + 3 * 3 + 2 * 9
+    study = resolved(tmp_path, tune={"trials_per_arm": 9, "asha": {**ASHA, "fidelity": "rescale"}})
+    assert tune_steps(study.study.tune, (1, 3), 9, fewest=2, fidelity=Fidelity.RESCALE) == by_hand
+    (row, _) = plan_summary(study)["arms"]
+    assert (row["fidelity"], row["expected_tune_steps"]) == ("rescale", by_hand)
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "adamw", "schedule_free"),
+    [
+        ("auto", ("rescale", (1, 3, 9)), ("truncate", (9,))),  # only the schedule of AdamW decays
+        ("rescale", ("rescale", (1, 3, 9)), ("rescale", (1, 3, 9))),
+        ("truncate", ("truncate", (9,)), ("truncate", (9,))),
+    ],
+)
+def test_a_rung_ends_a_schedule_of_its_own_where_the_schedule_decays(
+    tmp_path: Path, fidelity: str, adamw: Any, schedule_free: Any
+) -> None:
+    arms = plan_arms(resolved(tmp_path, tune={"trials_per_arm": 9, "asha": {**ASHA, "fidelity": fidelity}}))
+    assert [(arm.fidelity.value, arm.horizons) for arm in arms] == [adamw, schedule_free]
 
 
 def test_expected_steps_are_those_counted_by_hand(tmp_path: Path) -> None:

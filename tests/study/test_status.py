@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tunebench.cli import run_command
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, Stage, TrialKey
@@ -134,3 +135,23 @@ def test_another_name_is_answered_with_trial_ids(tmp_path: Path, journal: Journa
 def test_a_folder_without_a_journal_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no journal here"):
         run_status(tmp_path)
+
+
+def test_status_and_explain_tell_how_often_the_rungs_of_an_arm_were_wrong(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    writer.add_arm("ethanol/muon", {})
+    for index in range(4):
+        writer.plan(key(index), {}, {}, {}, sentinel=index < 2)
+        goes_on = index in (1, 2)
+        decision = {"rung": 3, "value": 0.5, "cutoff": 0.4, "competitors": 4, "goes_on": goes_on, "sentinel": index < 2}
+        writer.decide(key(index), {"trial": key(index).trial_id, **decision})
+    for index, objective in ((0, 0.1), (1, 0.3), (2, 0.2)):
+        end(writer, key(index), Reason.FINISHED, objective)
+    end(writer, key(3), Reason.STOPPED_ASHA, 0.5, rung=3, cutoff=0.4, value=0.5, recorded=4)
+    writer.plan(key(2, Stage.CONFIRM), {}, {}, {})
+    tuned, confirmed = run_status(tmp_path)["arms"]
+    assert (tuned["false_stops"]["wrongly"], tuned["false_stops"]["sentinels"]) == (1, 2)
+    assert confirmed["false_stops"] is None
+    last = explain_trial(tmp_path, key(3).trial_id)["text"].splitlines()[-1]
+    assert last == "false stops of its arm: 1 of 2 sentinels, 1 to 99 % with 95 % confidence"
+    assert run_command(["status", str(tmp_path)]) == 0

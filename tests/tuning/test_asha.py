@@ -71,7 +71,7 @@ class Tune:
         """A result as Tune hands it to the scheduler, and what Tune makes of the answer."""
         tune_trial = self.trials[trial.trial_id]
         decided = self.asha.on_trial_result(
-            self, tune_trial, {"step": step, "objective": objective, "outcome": outcome}
+            self, tune_trial, {"step": step, "objective": objective, "outcome": outcome, "at_rung": step in RUNGS}
         )
         if decided == PAUSE:
             tune_trial.status = Trial.PAUSED
@@ -158,8 +158,17 @@ def test_a_rung_does_not_wait_for_a_trial_that_ended_by_itself(outcome: str) -> 
 def test_a_rung_does_not_wait_for_a_trial_that_crashed_for_good() -> None:
     tune = Tune([key(0), key(1)])
     tune.report(key(0), 1, 1.0)
-    tune.asha.on_trial_error(tune, tune.trials[key(1).trial_id])
+    tune.asha.gave_up(key(1).trial_id)
     assert tune.choose() == key(0).trial_id
+
+
+def test_a_rung_waits_for_a_trial_that_failed_and_is_started_again() -> None:
+    tune = Tune([key(0), key(1)])
+    tune.report(key(0), 1, 1.0)
+    tune.asha.on_trial_error(tune, tune.trials[key(1).trial_id])  # as Tune does before it starts a trial again
+    tune.asha.on_trial_add(tune, tune.trials[key(1).trial_id])
+    assert tune.choose() is None
+    assert tune.report(key(1), 1, 0.5) == CONTINUE
 
 
 def test_the_confirm_stage_is_never_stopped() -> None:

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.distributions import FloatDistribution
 
 from tests.tuning.conftest import write_study
 from tunebench.cli import BAD_INPUT, DONE, run_command
+from tunebench.study.journal import JournalWriter
+from tunebench.study.record import Stage, TrialKey
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.step_times import CALIBRATION, read_calibration, write_calibration
+from tunebench.tuning.calibration import searched_by_arm
 from tunebench.tuning.run_folder import LOCK
 
 QUICK = ("--rounds", "2", "--seconds", "0.01")
@@ -27,6 +31,16 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run_command(["calibrate", str(study), "--run", str(folder / "run"), *QUICK]) == DONE
     torch.set_num_threads(threads)
     return folder / "run"
+
+
+def test_settings_are_those_of_the_runs_trials(tmp_path: Path) -> None:
+    assert searched_by_arm(tmp_path) == {}
+    journal = JournalWriter(tmp_path)
+    journal.add_arm("w/adamw", {})
+    for index, rate in enumerate((0.01, 0.1)):
+        key = TrialKey(workload="w", optimizer="adamw", stage=Stage.TUNE, config_index=index, seed_index=0)
+        journal.plan(key, {"learning_rate": rate}, {"learning_rate": FloatDistribution(0.001, 1.0)}, {})
+    assert searched_by_arm(tmp_path) == {"w/adamw": [{"learning_rate": 0.01}, {"learning_rate": 0.1}]}
 
 
 def table(run: Path) -> dict[str, Any]:

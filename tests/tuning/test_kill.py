@@ -1,6 +1,6 @@
 """The driver is killed at random moments of both stages and started again; nothing that counts may tell.
 
-Two kills by default; TUNEBENCH_KILLS=25 makes it 25.
+Two kills by default; TUNEBENCH_KILLS=25 makes it 25, which takes longer than a test may: pytest --timeout 0.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import pandas as pd
 import pytest
 
 from tests.tuning.conftest import ended, killed, ranking_of, tunebench, write_study
+from tests.tuning.test_pool import COHORT, TENANT, Driver
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.study.journal import read_trials
-from tunebench.study.record import CURVES, JOURNAL, Stage
+from tunebench.study.record import CURVES, JOURNAL, SHORTER_CURVES, Stage
+from tunebench.study.status import run_status
 
 KILLS = int(os.environ.get("TUNEBENCH_KILLS", "2"))
+PER_RUN = 5  # the study is small: after some kills more it has ended
 
 
 def decisions(run: Path) -> dict[str, Any]:
@@ -48,9 +51,19 @@ def order_of_arms(run: Path) -> list[Any]:
     ]
 
 
+def curves_of(run: Path, trial: str) -> pd.DataFrame:
+    """What was measured of a trial, at all its horizons."""
+    name = trial.partition(".h")[0]
+    shorter = (run / SHORTER_CURVES).glob(f"{name}.h*.parquet")
+    return pd.concat([pd.read_parquet(file) for file in (run / CURVES / f"{name}.parquet", *shorter)])
+
+
 def paid(run: Path) -> dict[str, pd.DataFrame]:
     """By trial, the part of its curve that nobody may have to pay again: that up to its checkpoint, or to its end."""
-    finished, parts = ended(run), {}
+    finished, parts = (
+        ended(run),
+        {file.stem: pd.read_parquet(file) for file in (run / SHORTER_CURVES).glob("*.parquet")},
+    )
     for file in (run / CURVES).glob("*.parquet"):
         curve = pd.read_parquet(file)
         checkpoint = load_checkpoint(checkpoint_folder(run, file.stem))
@@ -59,14 +72,13 @@ def paid(run: Path) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def moments(reference: Path) -> list[int]:
+def moments(reference: Path, kills: int, draw: np.random.Generator) -> list[int]:
     """Sizes of the journal at which the driver is killed, ascending, in both stages."""
     lines = (reference / JOURNAL).read_bytes().splitlines(keepends=True)
     ends = np.cumsum([len(line) for line in lines])
     planned = max(i for i, line in enumerate(lines) if f'"{Stage.TUNE}"'.encode() in line and b'"seeds"' in line)
     confirmed = min(i for i, line in enumerate(lines) if f'"{Stage.CONFIRM}"'.encode() in line)
-    draw = np.random.default_rng(20261122)
-    early, late = (KILLS + 1) // 2, KILLS // 2
+    early, late = (kills + 1) // 2, kills // 2
     stages = ((ends[planned], ends[confirmed], early), (ends[confirmed], int(0.95 * ends[-1]), late))
     return sorted(int(size) for low, high, count in stages for size in draw.integers(low, high, size=count))
 
@@ -105,40 +117,62 @@ def whole(study: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def survivor(study: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same study killed again and again, with what it had paid for at each kill."""
-    folder = tmp_path_factory.mktemp("killed")
-    run = folder / "run"
+def survivors(study: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of the same study, killed again and again, each beside copies of what it had paid for at its kills."""
     draw = np.random.default_rng(1)
-    for number, size in enumerate(moments(whole)):
-        kill_once(study, run, size, float(draw.uniform(0.0, 0.4)))
-        shutil.copytree(run, folder / f"after-{number}", ignore=shutil.ignore_patterns(".tune", "tensorboard", "logs"))
-    tunebench("run", study, "--run", run)
-    return run
+    runs: list[Path] = []
+    kills = 0
+    while kills < KILLS:
+        folder = tmp_path_factory.mktemp("killed")
+        runs.append(run := folder / "run")
+        for size in moments(whole, min(KILLS - kills, PER_RUN), draw):
+            if (run / JOURNAL).exists() and run_status(run)["finished"]:
+                break  # the last kill came while the report was written
+            kill_once(study, run, size, float(draw.uniform(0.0, 0.4)))
+            left_out = shutil.ignore_patterns(".tune", "tensorboard", "logs")
+            shutil.copytree(run, folder / f"after-{kills:02d}", ignore=left_out)
+            kills += 1
+        tunebench("run", study, "--run", run)
+    return runs
 
 
-def test_decisions_and_survivors_are_those_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
-    assert decisions(survivor) == decisions(whole)
+def test_decisions_and_survivors_are_those_of_an_uninterrupted_run(survivors: list[Path], whole: Path) -> None:
     uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
-    for trial in read_trials(survivor):
-        assert trial.rungs == pytest.approx(uninterrupted[trial.key.trial_id].rungs, rel=1e-3)
+    for survivor in survivors:
+        assert decisions(survivor) == decisions(whole)
+        for trial in read_trials(survivor):
+            assert trial.rungs == pytest.approx(uninterrupted[trial.key.trial_id].rungs, rel=1e-3)
 
 
-def test_the_ranking_is_that_of_an_uninterrupted_run(survivor: Path, whole: Path) -> None:
-    assert order_of_arms(survivor) == order_of_arms(whole)
+def test_the_ranking_is_that_of_an_uninterrupted_run(survivors: list[Path], whole: Path) -> None:
     uninterrupted = {trial.key.trial_id: trial for trial in read_trials(whole)}
-    for trial in read_trials(survivor):
-        if trial.key.stage is Stage.CONFIRM:
-            assert trial.value == pytest.approx(uninterrupted[trial.key.trial_id].value, rel=1e-3)
+    for survivor in survivors:
+        assert order_of_arms(survivor) == order_of_arms(whole)
+        for trial in read_trials(survivor):
+            if trial.key.stage is Stage.CONFIRM:
+                assert trial.value == pytest.approx(uninterrupted[trial.key.trial_id].value, rel=1e-3)
 
 
-def test_no_step_up_to_a_checkpoint_is_paid_twice(survivor: Path) -> None:
-    kills = sorted(survivor.parent.glob("after-*"))
+def test_a_killed_cohort_and_a_killed_trial_change_no_decision(study: Path, whole: Path, tmp_path: Path) -> None:
+    driver = Driver(study, tmp_path / "run", tmp_path)
+    try:
+        driver.wait(driver.trains)
+        for name in (COHORT, TENANT):
+            driver.wait(lambda name=name: driver.processes(name))
+            os.kill(driver.processes(name)[0], signal.SIGKILL)
+        assert driver.finish() == 0
+    finally:
+        driver.end()
+    assert decisions(driver.run) == decisions(whole)
+
+
+def test_no_step_up_to_a_checkpoint_is_paid_twice(survivors: list[Path]) -> None:
+    kills = [kill for survivor in survivors for kill in sorted(survivor.parent.glob("after-*"))]
     assert len(kills) == KILLS
     compared = 0
     for kill in kills:
         for trial, before in paid(kill).items():
-            after = pd.read_parquet(survivor / CURVES / f"{trial}.parquet")
+            after = curves_of(kill.parent / "run", trial)
             merged = before.merge(after, how="left", indicator=True)  # wall_s and device_s tell a repeated step
             assert (merged["_merge"] == "both").all(), f"{trial} after {kill.name}"
             compared += len(before)

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from rich.console import Console
 
 from tunebench.engine.checkpoints import checkpoint_folder, save_checkpoint
 from tunebench.engine.task import Evaluation
+from tunebench.engine.work import Note, Work, write_note
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
@@ -25,6 +26,7 @@ from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
 
 GROUPS = [{"rule": "adamw", "tensors": 1, "parameters": 4, "settings": {}, "share": 1.0}]
+RUNG = 3
 ERRORS = {"val": {"raw": {"forces_mae": 0.5}}}
 
 
@@ -34,6 +36,7 @@ def key(index: int = 0, stage: Stage = Stage.TUNE) -> TrialKey:
 
 def evaluation(step: int, objective: float, **changes: Any) -> Evaluation:
     content = {
+        "at_rung": step == RUNG,
         "errors": ERRORS,
         "wall_s": 2.0 * step,
         "device_s": 1.0 * step,
@@ -54,7 +57,7 @@ class Driver:
         self.run, self.keys = run, {key(index, stage).trial_id: key(index, stage) for index in range(trials)}
         journal = JournalWriter(run)
         journal.add_arm("w/adamw", {})
-        rungs = {"w/adamw": (3,)} if stage is Stage.TUNE else {}
+        rungs = {"w/adamw": (RUNG,)} if stage is Stage.TUNE else {}
         for trial in self.keys.values():
             journal.plan(trial, {}, {}, {})
         asha = Asha(form=form, order="asynchronous", sentinels=0)
@@ -66,7 +69,6 @@ class Driver:
             journal,
             self.scheduler,
             self.keys,
-            rungs,
             retention(keep),
             self.progress,
             {"w": "cohort"},
@@ -109,7 +111,7 @@ def test_a_finished_trial_is_closed_with_objective_ledger_groups_and_errors(driv
     driver.report(key(), evaluation(9, 0.25, attempts=2, outcome=Reason.FINISHED))
     record = driver.record(key())
     assert (record.state, record.reason, record.value) == ("COMPLETE", Reason.FINISHED, 0.25)
-    assert record.ledger == {"steps": 9, "wall_s": 18.0, "device_s": 9.0, "attempts": 2}
+    assert record.ledger == {"steps": 9, "lost_steps": 0, "wall_s": 18.0, "device_s": 9.0, "attempts": 2}
     assert record.groups == GROUPS
     assert record.result == ERRORS
     assert record.rungs == {3: 0.5}  # and no other evaluation step
@@ -150,7 +152,6 @@ def test_what_a_crash_decides_about_others_is_written(tmp_path: Path) -> None:
     driver = Driver(tmp_path, form="promotion", trials=2)
     driver.start(key(0))
     driver.report(key(0), evaluation(3, 0.5))
-    driver.scheduler.on_trial_error(None, driver.trial(key(1)))
     driver.fail(key(1), RuntimeError("broken"))
     (decision,) = driver.record(key(0)).decisions
     assert (decision["goes_on"], decision["competitors"]) == (True, 2)
@@ -198,7 +199,24 @@ def test_a_crash_is_closed_with_one_line(driver: Driver, error: Exception | None
     driver.fail(key(), error)
     record = driver.record(key())
     assert (record.state, record.reason, record.detail) == ("FAIL", Reason.CRASHED, {"message": message})
-    assert record.ledger == {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
+    assert record.ledger == {"steps": 0, "lost_steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
+
+
+def test_a_trial_whose_node_went_away_is_preempted(driver: Driver) -> None:
+    driver.start(key())
+    driver.fail(key(), RayActorError(error_msg="The actor died because its node has died. Node Id: ab"))
+    assert driver.record(key()).reason is Reason.PREEMPTED
+    assert driver.record(key()).state == "FAIL"
+
+
+def test_a_crash_counts_what_was_done_after_the_last_report(driver: Driver) -> None:
+    driver.start(key())
+    driver.report(key(), evaluation(6, 0.5, horizon=9))
+    done = Work(steps=8, wall_s=16.0, device_s=8.0)
+    write_note(checkpoint_folder(driver.run, key().trial_id), Note(horizon=9, done=done, lost=Work()))
+    driver.fail(key(), RuntimeError("broken"))
+    ledger = {"steps": 6, "lost_steps": 2, "wall_s": 16.0, "device_s": 8.0, "attempts": 1}
+    assert driver.record(key()).ledger == ledger
 
 
 def test_a_crash_that_tune_has_not_stored_yet_is_read_from_its_own_file(driver: Driver, tmp_path: Path) -> None:
@@ -216,7 +234,7 @@ def test_a_long_message_is_cut_and_a_crash_keeps_the_work_it_had_done(driver: Dr
     driver.fail(key(), RuntimeError("x" * 10_000))
     record = driver.record(key())
     assert record.detail["message"] == "x" * 500
-    assert record.ledger == {"steps": 6, "wall_s": 12.0, "device_s": 6.0, "attempts": 1}
+    assert record.ledger == {"steps": 6, "lost_steps": 0, "wall_s": 12.0, "device_s": 6.0, "attempts": 1}
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_trial_open(driver: Driver) -> None:
@@ -232,14 +250,6 @@ def test_an_error_after_the_end_changes_nothing(driver: Driver) -> None:
     before = driver.record(key())
     driver.fail(key(), RuntimeError("while it was leaving"))
     assert driver.record(key()) == before
-
-
-def test_the_confirm_stage_writes_no_rungs(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, stage=Stage.CONFIRM)
-    trial = key(stage=Stage.CONFIRM)
-    driver.start(trial)
-    driver.report(trial, evaluation(3, 0.5))
-    assert driver.record(trial).rungs == {}
 
 
 @pytest.mark.parametrize(

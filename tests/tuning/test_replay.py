@@ -23,6 +23,7 @@ from tunebench.tuning.ladder import Fate, Ladder
 from tunebench.tuning.replay import Curve, replay, replay_run
 
 HORIZON = 400
+LEDGER = {"steps": 12, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
 
 
 def learning_curves(draw: np.random.Generator, count: int, *, slow: bool = False) -> dict[str, Curve]:
@@ -152,7 +153,7 @@ class TestRecordedRun:
                 values = {step: float(value) for step, value in zip((3, 6, 12), draw.random(3), strict=True)}
                 rows = [(key.trial_id, s, 0.0, 0.0, "val", "objective", "raw", v) for s, v in values.items()]
                 write_curve(run, key.trial_id, rows)
-                journal.finish(key, Reason.FINISHED, value=values[12], detail={}, ledger={"steps": 12}, result={})
+                journal.finish(key, Reason.FINISHED, value=values[12], detail={}, ledger=LEDGER, result={})
         return run
 
     def test_the_command_prints_what_would_have_been_lost(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,15 @@ import torch
 
 from tests.tuning.conftest import TRIALS, ended, killed, python_path, ranking_of, tunebench, write_study
 from tunebench.study.journal import read_trials
-from tunebench.study.record import CHECKPOINTS, CURVES, Reason, Stage
+from tunebench.study.record import CHECKPOINTS, CURVES, SHORTER_CURVES, Reason, Stage, TrialRecord
+
+RUNGS = (3, 6)
+
+
+def trained_before(run: Path, trial: TrialRecord) -> dict[int, pd.DataFrame]:
+    """Curves of a trial at the horizons before its last one, by horizon."""
+    files = {step: run / SHORTER_CURVES / f"{trial.key.trial_id}.h{step}.parquet" for step in RUNGS}
+    return {step: pd.read_parquet(file) for step, file in files.items() if file.exists()}
 
 
 def test_a_study_runs_from_its_file_to_a_report(finished_run: Path):
@@ -29,15 +37,26 @@ def test_a_study_runs_from_its_file_to_a_report(finished_run: Path):
 def test_every_trial_has_a_curve_that_agrees_with_its_journal_entry(finished_run: Path):
     for trial in read_trials(finished_run):
         curve = pd.read_parquet(finished_run / CURVES / f"{trial.key.trial_id}.parquet")
-        assert curve.step.max() == trial.ledger["steps"]
+        assert trial.ledger["steps"] == sum([*trained_before(finished_run, trial), curve.step.max()])
         last = curve[(curve.step == curve.step.max()) & (curve.split == "val")]
         measured = {(row.readout, row.metric): row.value for row in last.itertuples() if row.metric == "forces_mae"}
         assert measured == {
             (readout, "forces_mae"): metrics["forces_mae"] for readout, metrics in trial.result["val"].items()
         }
+        stopped = trial.reason is Reason.STOPPED_ASHA
         for step, objective in trial.rungs.items():
-            at_rung = curve[(curve.step == step) & (curve.metric == "objective")]
-            assert at_rung.value.min() == objective
+            ended = curve if stopped and step == curve.step.max() else trained_before(finished_run, trial)[step]
+            assert ended[(ended.step == step) & (ended.metric == "objective")].value.min() == objective
+
+
+def test_promoted_trials_have_trained_through_a_complete_schedule_at_every_rung(finished_run: Path):
+    reached = [trial for trial in read_trials(finished_run) if trial.key.stage is Stage.TUNE and trial.value]
+    assert any(len(trial.rungs) == len(RUNGS) and trial.reason is Reason.FINISHED for trial in reached)
+    for trial in reached:
+        for step, curve in trained_before(finished_run, trial).items():
+            rates = curve[curve.metric == "learning_rate"].set_index("step").value
+            assert rates.index.max() == step
+            assert rates[step] == 0.0, "where its decay ends"
 
 
 def test_the_ranking_agrees_with_the_journal_trial_by_trial(finished_run: Path):
@@ -58,6 +77,10 @@ def test_arms_share_seeds_and_the_points_of_shared_parameters(finished_run: Path
     for index in range(3):
         rates = {t.params["learning_rate"] for t in trials if t.key.config_index == index and t.key.stage is Stage.TUNE}
         assert len(rates) == 1
+        points = [t.point for t in trials if t.key.config_index == index and t.key.stage is Stage.TUNE]
+        shared = set.intersection(*(set(point) for point in points))
+        assert {"learning_rate", "weight_decay"} <= shared
+        assert all(point[name] == points[0][name] for point in points for name in shared)
     for seed_index in range(2):
         confirmed = [t for t in trials if t.key.stage is Stage.CONFIRM and t.key.seed_index == seed_index]
         assert len({json.dumps(trial.seeds, sort_keys=True) for trial in confirmed}) == 1
@@ -70,7 +93,8 @@ def test_asha_stops_inside_each_arm_and_keeps_its_reasons(finished_run: Path):
     assert stopped, "three trials per arm and a factor of two leave at least one behind"
     for trial in stopped:
         assert trial.detail["value"] > trial.detail["cutoff"]
-        assert trial.detail["rung"] == trial.ledger["steps"]
+        assert trial.detail["rung"] == max(trial.rungs)
+        assert trial.ledger["steps"] == sum(trial.rungs)
         assert trial.state == "PRUNED"
 
 
@@ -102,10 +126,9 @@ def test_a_driver_killed_in_the_tune_stage_goes_on_without_repeating_finished_tr
     assert ranking_of(run)["finished"] is True
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path, how: signal.Signals):
+def test_an_interrupt_keeps_the_state_and_exits_with_130(tmp_path: Path):
     study, run = write_study(tmp_path), tmp_path / "run"
-    assert killed(["run", study, "--run", run], lambda: len(ended(run)) >= 1, how) == 130
+    assert killed(["run", study, "--run", run], lambda: len(ended(run)) >= 1, signal.SIGINT) == 130
     unfinished = json.loads(tunebench("status", run, "--json").stdout)
     assert unfinished["finished"] is False
     tunebench("report", run)
@@ -142,6 +165,8 @@ def test_a_run_directory_of_another_study_is_refused(finished_run: Path, tmp_pat
     done = tunebench("run", other, "--run", finished_run, check=False)
     assert done.returncode == 2
     assert "holds study" in done.stderr
+    assert "they differ in seed: 5 there, 6 here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_edited_run_directory_is_refused(finished_run: Path, tmp_path: Path):

@@ -7,7 +7,8 @@ hyperparameters when it starts, its scalars on the true step axis, and its statu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,8 @@ from tunebench.study.record import BUILDING, TENSORBOARD, Metric, Readout, Reaso
 OBJECTIVE_TAG = "val/objective"
 FINAL_OBJECTIVE_TAG = "final/objective"
 
+_READ_WITHIN_S = 60.0  # TensorBoard looks for new events every 5 s
+
 
 def write_experiment(run: Path, hyperparameters: Iterable[str]) -> None:
     """Describe the columns of the HPARAMS tab, once per run."""
@@ -31,13 +34,34 @@ def write_experiment(run: Path, hyperparameters: Iterable[str]) -> None:
         return
     columns = [hp.HParam(name) for name in ("workload", "optimizer", "stage", "seed_index", *sorted(hyperparameters))]
     metrics = [hp.Metric(FINAL_OBJECTIVE_TAG, display_name="final objective"), hp.Metric(OBJECTIVE_TAG)]
-    # moved as a whole: a kill leaves no experiment without columns
+    with whole_events(run, folder) as writer:
+        _add_summary(writer, hp.hparams_config_pb(hparams=columns, metrics=metrics))
+
+
+@contextmanager
+def whole_events(run: Path, folder: Path) -> Iterator[SummaryWriter]:
+    """A writer of events that replace those of `folder` at once when the block ends well; a kill leaves no half.
+
+    A TensorBoard that shows the folder forgets what it has read of it before.
+
+    Args:
+        run: the run directory, where they are built.
+        folder: log directory of one of TensorBoard's runs.
+
+    Raises:
+        OSError: they cannot be written; those of before stay.
+    """
     with TemporaryDirectory(dir=run, prefix=BUILDING) as building:
-        with SummaryWriter(building) as writer:
-            _add_summary(writer, hp.hparams_config_pb(hparams=columns, metrics=metrics))
+        with SummaryWriter(building, purge_step=0) as writer:
+            yield writer
         (events,) = Path(building).iterdir()
-        folder.mkdir(exist_ok=True)
-        events.replace(folder / events.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names and never goes back. Without its data
+        # server it stays for ever with a file that was deleted before it had seen the next one.
+        read = [file for file in folder.glob("events.*") if time.time() - file.stat().st_mtime > _READ_WITHIN_S]
+        events.replace(folder / f"events.out.tfevents.{time.time_ns()}")
+        for file in read:
+            file.unlink()
 
 
 class TrialBoard:

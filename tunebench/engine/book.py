@@ -7,21 +7,26 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, save_checkpoint
-from tunebench.engine.curves import curve_rows, write_curve
+from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
 from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
+from tunebench.workloads.errors import WorkloadError
 
 
 class TrialBook:
-    """Writes down one trial. Nothing is reported that was not written before.
+    """Writes down one trial: what is decided on is written before it is reported, the rest every so many seconds.
+
+    A trial that is killed loses at most what came after its last writing, which was at its last rung or later.
 
     Attributes:
-        task: the trial.
+        task: the trial, at the horizon of its checkpoint where that is not behind it.
         folder: where its checkpoints are.
         last: the last evaluation, step 0 before the first.
         device_s: seconds of training steps, earlier attempts included.
@@ -29,17 +34,26 @@ class TrialBook:
     """
 
     def __init__(self, task: TrialTask) -> None:
-        self.task = task
         self.folder = checkpoint_folder(task.run, task.key.trial_id)
-        self._checkpoint = load_checkpoint(self.folder)
-        self.last = _evaluation_before(self._checkpoint)
+        found = load_checkpoint(self.folder)
+        before = _evaluation_in(found) if found else Evaluation.without_steps(attempts=0)
+        kept = task.at(before.horizon) if found else None
+        self.task, self._checkpoint = (kept, found) if kept else (task, None)
+        if found and not kept:
+            set_aside_curve(task.run, task.key.trial_id, before.horizon)
+            begins = Evaluation.without_steps(attempts=before.attempts)
+            before = replace(begins, earlier=before.spent, lost=before.lost)
+        self.last = with_losses(replace(before, horizon=self.task.horizon), self.folder)
         self.device_s = self.last.device_s
         self.groups: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._earlier_wall_s = self.last.wall_s
+        self._noted_at = self._began
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
+        self._unwritten: list[Evaluation] = []
+        self._written_at = -math.inf
 
     def take_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, once; None for a trial that starts."""
@@ -47,25 +61,38 @@ class TrialBook:
         return found
 
     @property
+    def horizon_is_over(self) -> bool:
+        """Whether the trial has come to the end of a horizon that is not its last."""
+        return self.last.step == self.task.horizon and self.task.lengthened is not None
+
+    @property
     def wall_s(self) -> float:
-        """Seconds since the trial began; earlier attempts count up to their last checkpoint."""
+        """Seconds since the trial began at its horizon; earlier attempts count up to their last checkpoint."""
         return self._earlier_wall_s + time.perf_counter() - self._began
 
     def evaluated(
         self, step: int, errors: Errors, *, train_loss: float, learning_rate: float, save: Callable[[], dict[str, Any]]
     ) -> Evaluation:
-        """Write an evaluation, decide whether the trial has ended, and keep a checkpoint unless it diverged.
+        """Decide whether the trial has ended; where it is due write, and keep a checkpoint unless it diverged.
 
         Args:
             step: finished steps.
             errors: measured errors; the objective is added to those on the validation split.
             train_loss: mean training loss since the last evaluation.
             learning_rate: of the next step.
-            save: makes the engine's part of the checkpoint; called once `last` is this evaluation.
+            save: makes the engine's part of the checkpoint; called, if at all, once `last` is this evaluation.
         """
         self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate)
-        self.write(save() if self.last.is_sound else None)
+        if self.is_due:
+            self.write(save() if self.last.is_sound else None)
         return self.last
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last evaluation must be written now."""
+        last, task = self.last, self.task
+        since = time.monotonic() - self._written_at
+        return last.outcome is not None or last.step in task.rungs or since >= task.written_every_s
 
     def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:
         """Decide whether the trial has ended, and write nothing yet; arguments as for `evaluated`."""
@@ -82,23 +109,42 @@ class TrialBook:
             train_loss=train_loss,
             learning_rate=learning_rate,
             attempts=self._attempts,
+            horizon=self.task.horizon,
+            at_rung=step in self.task.rungs,
+            earlier=self.last.earlier,
+            lost=self.last.lost,
             groups=self.groups,
         )
         outcome, message = self._outcome(evaluation)
         self.last = replace(evaluation, outcome=outcome, message=message)
+        self._rows += curve_rows(self.task.key.trial_id, self.last)
+        self._unwritten.append(self.last)
         return self.last
 
     def write(self, saved: Mapping[str, Any] | None) -> None:
-        """Write the last evaluation: curve, events, and a checkpoint where the engine's part of one is given.
+        """Write curve and events up to the last evaluation, and a checkpoint where the engine's part of one is given.
 
         Books of different trials may write at the same time in different threads.
         """
-        self._rows += curve_rows(self.task.key.trial_id, self.last)
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
-        self._board.add(self.last)
+        for evaluation in self._unwritten:
+            self._board.add(evaluation)
+        self._unwritten = []
         if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
+        self._written_at = time.monotonic()
+
+    @property
+    def note_is_due(self) -> bool:
+        """Whether the last note was made some seconds ago."""
+        return time.perf_counter() - self._noted_at > NOTE_EVERY_S
+
+    def note(self, step: int) -> None:
+        """Write down beside the checkpoint how far the trial has come; `device_s` must be up to date."""
+        self._noted_at = time.perf_counter()
+        done = Work(steps=step, wall_s=self.wall_s, device_s=self.device_s)
+        write_note(self.folder, Note(horizon=self.task.horizon, done=done, lost=self.last.lost))
 
     def ended(self, step: int, reason: Reason, message: str) -> Evaluation:
         """The report of an end between two evaluations."""
@@ -107,6 +153,7 @@ class TrialBook:
             step=step,
             objective=math.inf,
             errors={},
+            at_rung=False,
             wall_s=self.wall_s,
             device_s=self.device_s,
             attempts=self._attempts,
@@ -117,7 +164,9 @@ class TrialBook:
         return self.last
 
     def close(self, reason: Reason | None) -> None:
-        """Close the trial's event file; without a reason the trial has not ended and may go on elsewhere."""
+        """Write what is left and close the event file; without a reason the trial may go on elsewhere."""
+        if self._unwritten:
+            self.write(None)
         if reason is None:
             self._board.suspend()
         else:
@@ -129,14 +178,35 @@ class TrialBook:
             return Reason.DIVERGED, f"validation error {raw} at step {evaluation.step}"
         if evaluation.step == self.task.workload.max_steps:
             return Reason.FINISHED, ""
-        limit = self.task.time_limit_s
-        if limit is not None and evaluation.wall_s > limit:
-            return Reason.TIMED_OUT, f"{evaluation.wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
+        limit, wall_s = self.task.time_limit_s, evaluation.spent.wall_s
+        if limit is not None and wall_s > limit:
+            return Reason.TIMED_OUT, f"{wall_s:.0f} s at step {evaluation.step}, allowed: {limit:g} s"
         return None, ""
 
 
-def _evaluation_before(checkpoint: dict[str, Any] | None) -> Evaluation:
-    """What the checkpoint had measured; step 0 where there is none."""
-    if checkpoint:
-        return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))
-    return Evaluation.without_steps(attempts=0)
+def last_evaluation(run: Path, trial_id: str) -> Evaluation | None:
+    """What a trial's checkpoint had measured; None before the first."""
+    checkpoint = load_checkpoint(checkpoint_folder(run, trial_id))
+    return _evaluation_in(checkpoint) if checkpoint else None
+
+
+REPEATABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, WorkloadError)
+"""Errors that every further attempt from the same checkpoint would raise again."""
+
+
+def crashed(task: TrialTask, error: BaseException) -> Evaluation:
+    """The last report of a trial that no further attempt can help."""
+    last = last_evaluation(task.run, task.key.trial_id) or Evaluation.without_steps(attempts=1)
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    ended = replace(last, objective=math.inf, errors={}, at_rung=False, outcome=Reason.CRASHED, message=message)
+    return with_losses(ended, checkpoint_folder(task.run, task.key.trial_id))
+
+
+def with_losses(last: Evaluation, folder: Path) -> Evaluation:
+    """An evaluation with all that was lost after it, as the note in the trial's folder tells."""
+    note = read_note(folder)
+    return replace(last, lost=note.lost_after(last.horizon, last.done, last.lost)) if note else last
+
+
+def _evaluation_in(checkpoint: Mapping[str, Any]) -> Evaluation:
+    return Evaluation.from_plain(json.loads(checkpoint["evaluation"]))

@@ -127,7 +127,7 @@ class LightningSteps:
 def _measure(task: TrialTask) -> float:
     horizon = _WARM + _TIMED
     workload = task.workload.model_copy(update={"max_steps": horizon})
-    steps = LightningSteps(replace(task, workload=workload, evaluation_steps=(horizon,)))
+    steps = LightningSteps(replace(task, workload=workload, evaluation_steps=(horizon,), horizons=()))
     steps.run(_WARM)
     return statistics.median(_seconds(steps) for _ in range(_TIMED))
 

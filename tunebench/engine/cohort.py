@@ -41,7 +41,7 @@ from tunebench.workloads.order import batch_order
 _log = logging.getLogger(__name__)
 
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the losses waits for a GPU
-_EVALUATED_AT_ONCE = 8
+_EVALUATED_AT_ONCE = {"cpu": 2, "cuda": 8}  # more fall out of a CPU's cache
 _WRITERS = 8
 _COMPILED_FROM = {"cpu": 5000, "cuda": 1000}  # steps; Inductor takes as long as thousands of plain ones
 _SHRUNK_FROM = 5000  # steps left that pay for compiling a smaller step
@@ -89,7 +89,7 @@ class Cohort:
         self._shelf = ModuleShelf()
         model = self._shelf.module(task, training_module(task))[0].model
         self._functions = WorkloadFunctions(task, model, cache, compiled=self._compiled)
-        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE, slots))
+        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE[task.device], slots))
         self._places: dict[str, Place] = {}
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -120,7 +120,7 @@ class Cohort:
         return self.slots - len(self._places) - len(self._parked)
 
     def join(self, task: TrialTask, state: SlotState | None = None) -> Evaluation | None:
-        """Put a trial into a free slot; it steps from the next `advance` on.
+        """Put a trial into a free slot; it steps from the next `advance` on, at its next horizon where one is over.
 
         Args:
             task: the trial.
@@ -143,6 +143,8 @@ class Cohort:
         if tenant.book.last.outcome is not None:
             tenant.book.close(tenant.book.last.outcome)
             return tenant.book.last
+        if tenant.book.horizon_is_over:
+            tenant = self._lengthened(tenant)
         self._book_time()
         self._place(tenant)
         return tenant.book.last if tenant.book.last.step else None
@@ -163,9 +165,16 @@ class Cohort:
             self._unpark(next((parked for parked in self._parked if not parked.waiting), self._parked[0]))
 
     def go_on(self, name: str) -> None:
-        """Let a trial that has reported step again."""
+        """Let a trial that has reported step again; at the end of a horizon it begins the next one."""
         self._book_time()
-        (self._parked_trial(name) or self._places[name]).waiting = False
+        parked = self._parked_trial(name)
+        tenant = (parked or self._places[name]).tenant
+        if not tenant.book.horizon_is_over:
+            (parked or self._places[name]).waiting = False
+        elif parked:
+            parked.tenant, parked.waiting = self._lengthened(tenant), False
+        else:
+            self._place(self._lengthened(self._vacate(name)))
 
     def advance(self) -> list[tuple[str, Evaluation]]:
         """Step until some trial has something to report; those trials wait for `go_on` or `leave`.
@@ -175,6 +184,8 @@ class Cohort:
         while stepping := [place for place in self._places.values() if not place.waiting]:
             stepped, shortage = self._step(stepping)
             reports = self._diverged(stepped) + self._due(stepped)
+            if any(place.tenant.book.note_is_due for place in stepped):
+                self._note(stepped)
             if shortage and self.slots > 1:
                 self._halve()
             elif shortage:
@@ -196,7 +207,7 @@ class Cohort:
             torch.OutOfMemoryError: memory ran out.
         """
         stepping = [place for place in self._places.values() if not place.waiting]
-        left = min((self.workload.max_steps - place.step for place in stepping), default=steps)
+        left = min((place.tenant.task.horizon - place.step for place in stepping), default=steps)
         if steps > left:
             raise ValueError(f"run: found {steps} steps, allowed: {left}, which the first to finish has left")
         for _ in range(steps):
@@ -229,6 +240,13 @@ class Cohort:
             order=order,
             misfits=~fits(sizes, order, self.padding.usual),
         )
+
+    def _lengthened(self, tenant: Tenant) -> Tenant:
+        """A trial whose horizon is over, at the beginning of its next one."""
+        longer = tenant.task.lengthened
+        assert longer is not None
+        tenant.book.close(None)
+        return Tenant(longer, self._shelf)
 
     def _order(self, seed: int) -> NDArray[np.int64]:
         """Frames of each step; trials share seeds, and drawing a long order takes a while."""
@@ -314,7 +332,7 @@ class Cohort:
     def _bucket(self) -> int:
         """Rows that a step computes: all, or a quarter, a sixteenth, ... where few trials are left."""
         bucket, trials = self.slots, len(self._places)
-        left = max(self.workload.max_steps - place.step for place in self._places.values())
+        left = max(place.tenant.task.horizon - place.step for place in self._places.values())
         if self._exact:
             return min(bucket, 1 << (trials - 1).bit_length())
         if self._compiled and left < _SHRUNK_FROM:
@@ -410,21 +428,28 @@ class Cohort:
         return reports
 
     def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:
-        """Judge evaluations and write them, several files at once: each waits for the disk."""
+        """Judge evaluations and write those that must be, several files at once: each waits for the disk."""
         writes = []
-        for place, found in zip(due, errors, strict=True):
+        losses = self._rows.take_mean_losses([place.slot for place in due])
+        for place, found, loss in zip(due, errors, losses, strict=True):
             tenant = place.tenant
-            last = tenant.book.judged(
-                place.step,
-                found,
-                train_loss=self._rows.take_mean_loss(place.slot),
-                learning_rate=tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step),
-            )
+            rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
+            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate)
+            if not tenant.book.is_due:
+                continue
             saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None
             writes.append(self._writers.submit(tenant.book.write, saved))
         wait(writes)
         for write in writes:
             write.result()
+
+    def _note(self, stepped: Sequence[Place]) -> None:
+        """Let trials write down how far they have come, for what a kill may take."""
+        self._book_time()
+        going = [place for place in stepped if place.tenant.name in self._places and not place.waiting]
+        notes = [self._writers.submit(place.tenant.book.note, place.step) for place in going]
+        for note in notes:
+            note.result()
 
     def _reported(self, place: Place) -> tuple[str, Evaluation]:
         name, last = place.tenant.name, place.tenant.book.last

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from tunebench.engine.task import Evaluation
 from tunebench.study.files import replacing
-from tunebench.study.record import CURVES, Metric, Readout, Split
+from tunebench.study.record import CURVES, SHORTER_CURVES, Metric, Readout, Split
 
 _SCHEMA = pa.schema(
     [
@@ -49,3 +49,12 @@ def write_curve(run: Path, trial_id: str, rows: list[tuple[object, ...]]) -> Non
     ]
     with replacing(path) as partial:
         pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), partial)
+
+
+def set_aside_curve(run: Path, trial_id: str, horizon: int) -> None:
+    """Keep the curve of a shorter horizon apart from that of the longer one which the trial begins."""
+    path = run / CURVES / f"{trial_id}.parquet"
+    if path.exists():  # else an earlier attempt has done it, and was killed before it had measured anything
+        aside = run / SHORTER_CURVES / f"{trial_id}.h{horizon}.parquet"
+        aside.parent.mkdir(exist_ok=True)
+        path.replace(aside)

@@ -39,7 +39,7 @@ _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the loss waits for a GPU
 
 
 def run_trial(task: TrialTask, report: Report) -> Evaluation:
-    """Train one trial to its end, or from its last checkpoint to its end.
+    """Train one trial to its end, or from its last checkpoint to its end, one horizon after the other.
 
     Every evaluation is written (curve, TensorBoard, checkpoint) before it is reported; the last report carries the
     outcome. `report` may stop the trial with `SystemExit`.
@@ -59,6 +59,10 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
     reason: Reason | None = Reason.CRASHED
     try:
         reason = trial.train()
+        while reason is None and (longer := trial.task.lengthened):
+            trial.book.close(None)
+            trial = _Trial(longer, report)
+            reason = trial.train()
     except SystemExit:
         reason = None  # paused or stopped, which only the driver knows; it writes the end of a stopped trial
         raise
@@ -75,8 +79,8 @@ class _Trial(lightning.Callback):
     """State of a running trial, and the Lightning callback that evaluates it."""
 
     def __init__(self, task: TrialTask, report: Report) -> None:
-        self.task, self.report = task, report
-        self.book = TrialBook(task)
+        self.book, self.report = TrialBook(task), report
+        self.task = task = self.book.task
         config = training_module(task)
         weights = LossWeights.of(task.workload.loss)
         self.module = build_module(config, weights, task.averaged, info_dict(task, config))
@@ -86,18 +90,18 @@ class _Trial(lightning.Callback):
         self.training_since: float | None = None  # None while the device does anything but training steps
         self.frames: dict[str, PreparedFrames] = {}
 
-    def train(self) -> Reason:
-        """Train until the horizon or an early end, which is reported."""
+    def train(self) -> Reason | None:
+        """Train until the horizon or an early end, which is reported; None where a longer horizon follows."""
         if self.restored:  # the driver may have missed it
             self.report(self.book.last)
         try:
-            if self.book.last.outcome is None:
+            if self.book.last.outcome is None and not self.book.horizon_is_over:
                 self._fit()
         except _Ended:
             pass
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._end(Reason.OOM, (str(error) or "out of memory").splitlines()[0])
-        if self.book.last.outcome is None:
+        if self.book.last.outcome is None and not self.book.horizon_is_over:
             raise RuntimeError(f"{self.task.key.trial_id}: training stopped at step {self.step} of its horizon")
         return self.book.last.outcome
 
@@ -106,7 +110,7 @@ class _Trial(lightning.Callback):
         trainer = lightning.Trainer(
             accelerator="gpu" if self.task.device == "cuda" else "cpu",
             devices=1,
-            max_steps=workload.max_steps - self.step,
+            max_steps=self.task.horizon - self.step,
             max_epochs=1,
             gradient_clip_val=workload.clip_global_norm,
             callbacks=[self],
@@ -152,6 +156,10 @@ class _Trial(lightning.Callback):
         if self.step in self.task.evaluation_steps:
             self._book_training()
             self._evaluate(trainer)
+            self.training_since = self._now()
+        elif self.book.note_is_due:
+            self._book_training()
+            self.book.note(self.step)
             self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:

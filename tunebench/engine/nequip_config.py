@@ -24,7 +24,7 @@ def training_module(task: TrialTask) -> dict[str, Any]:
         task.data, workload.model.r_max_angstrom, workload.labels.force_fraction, task.seeds.labels
     )
     sections = training_sections(
-        workload, task.optimizer, task.hyperparameters, task.schedule, task.averaged, horizon=workload.max_steps
+        workload, task.optimizer, task.hyperparameters, task.schedule, task.averaged, horizon=task.horizon
     )
     model = model_config(workload.model, task.data.type_names, statistics, task.seeds.init)
     return {"_target_": sections.pop("_target_"), "model": model, **sections}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.func import vmap
 
 from tunebench.engine.batches import task_frames
 from tunebench.engine.errors import error_sums, metrics_of_sums, quantities
+from tunebench.engine.graphs import Replayed
 from tunebench.engine.resident import frame_labels
 from tunebench.engine.slot_group import Flat
 from tunebench.engine.slot_groups import SlotGroups
@@ -29,6 +30,8 @@ class SlotEvaluation:
 
     def __init__(self, functions: WorkloadFunctions, at_once: int) -> None:
         self._functions, self._at_once = functions, at_once
+        self._programs: dict[str, _BatchErrors] = {}
+        self._labels: dict[tuple[str, int], torch.Tensor] = {}
 
     def errors(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Errors]:
         """Errors on the validation split, and at the horizon on the splits opened once.
@@ -47,7 +50,8 @@ class SlotEvaluation:
             except torch.OutOfMemoryError:
                 if self._at_once == 1:
                     raise
-            self._at_once //= 2  # outside of the handler, which keeps the memory of the frames it went through
+            self._programs.clear()  # outside of the handler, which keeps the memory of the frames it went through
+            self._at_once //= 2
 
     def _errors(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Errors]:
         found: list[Errors] = [{} for _ in places]
@@ -70,42 +74,87 @@ class SlotEvaluation:
 
     def _measured(self, places: Sequence[Place], rows: SlotRows, weights: Flat, split: str) -> list[dict[str, float]]:
         size = self._at_once
-        found: list[dict[str, float]] = []
+        sums: list[torch.Tensor] = []
         for first in range(0, len(places), size):
             part = list(places[first : first + size])
-            sums = self._sums(part + part[-1:] * (size - len(part)), rows, weights, split)
-            names = quantities(stress=self._functions.has_stress)
-            found += [metrics_of_sums(dict(zip(names, slot, strict=True))) for slot in sums.tolist()[: len(part)]]
-        return found
+            sums += self._sums(part + part[-1:] * (size - len(part)), rows, weights, split)[: len(part)]
+        names = quantities(stress=self._functions.has_stress)
+        found = torch.stack(sums).tolist() if sums else []
+        return [metrics_of_sums(dict(zip(names, slot, strict=True))) for slot in found]
 
     def _sums(self, places: Sequence[Place], rows: SlotRows, weights: Flat, split: str) -> torch.Tensor:
         """Error sums over a split, float64 (places, quantities, 3)."""
         device = self._functions.device
         chosen = torch.tensor([place.slot for place in places], dtype=torch.int64, device=device)
-        stacked = rows.packing.split({dtype: matrix.index_select(0, chosen) for dtype, matrix in weights.items()})
-        constants = {name: values.index_select(0, chosen) for name, values in rows.constants.items()}
-        labelled = torch.stack(
-            [torch.as_tensor(task_frames(place.tenant.task, split).labelled, device=device) for place in places]
-        )
-        batches = self._functions.batches(split)
-        predict, keys = self._functions.prediction(split, stacked, constants)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for position in range(len(batches)):
-            batch = batches[position]
-            with torch.no_grad():
-                output = predict(stacked, constants, {key: batch[key] for key in keys})
-                total = total + self._batch_sums(output, batch, labelled, batches.indices[position])
-        return total
+        if split not in self._programs:
+            self._programs[split] = _BatchErrors(self._functions, rows, split, len(places))
+        program = self._programs[split]
+        for dtype, matrix in weights.items():
+            torch.index_select(matrix, 0, chosen, out=program.weights[dtype])
+        for name, values in rows.constants.items():
+            torch.index_select(values, 0, chosen, out=program.constants[name])
+        torch.stack([self._labelled(place, split) for place in places], out=program.labelled)
+        return program.over_split()
 
-    def _batch_sums(
-        self, output: Tensors, batch: Mapping[str, torch.Tensor], labelled: torch.Tensor, indices: torch.Tensor
-    ) -> torch.Tensor:
+    def _labelled(self, place: Place, split: str) -> torch.Tensor:
+        """Frames of a split whose forces a trial knows, bool (frames,)."""
+        task = place.tenant.task
+        key = split, task.seeds.labels
+        if key not in self._labels:
+            self._labels[key] = torch.as_tensor(task_frames(task, split).labelled, device=self._functions.device)
+        return self._labels[key]
+
+
+class _BatchErrors:
+    """Error sums of some slots, batch after batch of one split; a captured graph on CUDA.
+
+    Args:
+        functions: the workload on its device.
+        rows: has the layout of the weights.
+        split: whose batches.
+        slots: how many.
+
+    Attributes:
+        weights, constants: of the slots, to be filled before `over_split`.
+        labelled: frames of the split whose forces each slot knows, bool (slots, frames), likewise.
+    """
+
+    def __init__(self, functions: WorkloadFunctions, rows: SlotRows, split: str, slots: int) -> None:
+        self._stress = functions.has_stress
+        self._batches = functions.batches(split)
+        self.weights = {dtype: matrix[:1].repeat(slots, 1) for dtype, matrix in rows.weights.items()}
+        self.constants = {
+            name: values[:1].repeat(slots, *[1] * (values.ndim - 1)) for name, values in rows.constants.items()
+        }
+        self.labelled = torch.ones(slots, len(functions.frames(split)), dtype=torch.bool, device=functions.device)
+        self._stacked = rows.packing.split(self.weights)
+        self._predict, self._keys = functions.prediction(split, self._stacked, self.constants)
+        self._batch = {key: values.clone() for key, values in self._batches[0].items()}
+        self._indices = self._batches.indices[0].clone()
+        shape = slots, len(quantities(stress=self._stress)), 3
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=functions.device)
+        self._add_batch = Replayed(self._add, functions.device)
+
+    def over_split(self) -> torch.Tensor:
+        """Sums over the whole split, float64 (slots, quantities, 3)."""
+        self._sums.zero_()
+        for position in range(len(self._batches)):
+            for key, values in self._batches[position].items():
+                self._batch[key].copy_(values)
+            self._indices.copy_(self._batches.indices[position])
+            self._add_batch()
+        return self._sums.clone()
+
+    def _add(self) -> None:
+        """Add the errors of the batch at hand."""
+
         def sums(output: Tensors, labelled: torch.Tensor) -> torch.Tensor:
-            stress = self._functions.has_stress
-            return error_sums(output, batch, stress=stress, force_labels=frame_labels(labelled, indices))
+            labels = frame_labels(labelled, self._indices)
+            return error_sums(output, self._batch, stress=self._stress, force_labels=labels)
 
-        found: torch.Tensor = vmap(sums)(dict(output), labelled)
-        return found
+        with torch.no_grad():
+            output = self._predict(self._stacked, self.constants, {key: self._batch[key] for key in self._keys})
+            self._sums.add_(vmap(sums)(dict(output), self.labelled))
 
 
 def _readouts(places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> dict[Readout, Flat]:

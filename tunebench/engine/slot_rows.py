@@ -165,11 +165,13 @@ class SlotRows:
         self.broken.logical_or_(self.stepping & ~self.losses.isfinite())
         self.steps.add_(self.stepping.to(torch.int64))
 
-    def take_mean_loss(self, slot: int) -> float:
-        """Mean training loss since the last call; NaN where no step was made."""
-        total, count = float(self.loss_sum[slot]), float(self.loss_count[slot])
-        self.loss_sum[slot], self.loss_count[slot] = 0.0, 0.0
-        return total / count if count else math.nan
+    def take_mean_losses(self, slots: Sequence[int]) -> list[float]:
+        """Mean training losses since the last call; NaN where no step was made."""
+        chosen = torch.tensor(slots, dtype=torch.int64, device=self.loss_sum.device)
+        sums = torch.stack([self.loss_sum[chosen], self.loss_count[chosen]]).tolist()
+        for column in (self.loss_sum, self.loss_count):
+            column.index_fill_(0, chosen, 0.0)
+        return [total / count if count else math.nan for total, count in zip(*sums, strict=True)]
 
 
 def _row(flat: Flat, slot: int) -> Flat:

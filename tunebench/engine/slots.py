@@ -107,7 +107,7 @@ def _measured_task(task: TrialTask, run: Path) -> TrialTask:
     """The trial in a run directory of its own, with a horizon that no measurement reaches."""
     steps = (_WARM + _REPEATS * _TIMED) * 64
     workload = task.workload.model_copy(update={"max_steps": steps})
-    return replace(task, run=run, workload=workload, evaluation_steps=(steps,))
+    return replace(task, run=run, workload=workload, evaluation_steps=(steps,), rungs=(), horizons=())
 
 
 def _timed(cohort: Cohort, slots: int) -> SlotTiming:

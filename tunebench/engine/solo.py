@@ -27,7 +27,7 @@ from tunebench.engine.functional import Untraceable
 from tunebench.engine.task import TrialTask
 from tunebench.study.environment import environment
 from tunebench.study.plan import ArmPlan, plan_arms
-from tunebench.study.record import Reason, TrialRecord
+from tunebench.study.record import Reason
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import Scalar
 from tunebench.study.spec import Engine
@@ -151,7 +151,7 @@ class SoloPlan:
 def solo_steps(
     resolved: ResolvedStudy,
     data: Mapping[str, PreparedData],
-    trials: Sequence[TrialRecord],
+    searched: Mapping[str, Sequence[Mapping[str, Any]]],
     plan: SoloPlan,
     say: Say,
 ) -> Calibration:
@@ -162,7 +162,7 @@ def solo_steps(
     Args:
         resolved: the study.
         data: prepared data by workload.
-        trials: of the study's run; without any, the defaults and variants of them stand for them.
+        searched: hyperparameters of trials by arm name; for an arm without any, the defaults and variants of them.
         plan: how long to measure.
         say: takes lines for the user; what fails is named there, and left out of the table.
 
@@ -173,7 +173,7 @@ def solo_steps(
     check_device(resolved, "or a machine with one")
     set_global_state()
     with TemporaryDirectory(prefix="tunebench-calibrate-") as scratch:
-        cells = _cells(resolved, data, trials, Path(scratch))
+        cells = _cells(resolved, data, searched, Path(scratch))
         solos: dict[str, Solo] = {}
         for cell in cells:
             if cell.workload not in solos:
@@ -224,11 +224,14 @@ class _Timing:
 
 
 def _cells(
-    resolved: ResolvedStudy, data: Mapping[str, PreparedData], trials: Sequence[TrialRecord], scratch: Path
+    resolved: ResolvedStudy,
+    data: Mapping[str, PreparedData],
+    searched: Mapping[str, Sequence[Mapping[str, Any]]],
+    scratch: Path,
 ) -> list[_Cell]:
     found = []
     for arm in plan_arms(resolved):
-        own = [trial.params for trial in trials if trial.key.arm == arm.name]
+        own = searched.get(arm.name, ())
         task = _lasting(untuned_task(resolved, arm, data[arm.workload.name]), scratch)
         found += [_cell(arm, task, settings) for settings in settings_of(own, arm.space)]
     return found
@@ -244,7 +247,7 @@ def _cell(arm: ArmPlan, task: TrialTask, settings: dict[str, Scalar]) -> _Cell:
 def _lasting(task: TrialTask, scratch: Path) -> TrialTask:
     """A trial that ends nowhere near, and leaves nothing."""
     workload = task.workload.model_copy(update={"max_steps": _HORIZON})
-    return replace(task, workload=workload, evaluation_steps=(_HORIZON,), rungs=(), run=scratch)
+    return replace(task, workload=workload, evaluation_steps=(_HORIZON,), rungs=(), horizons=(), run=scratch)
 
 
 def _solo(task: TrialTask, engine: Engine, plan: SoloPlan, say: Say) -> Solo:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tunebench.engine.work import Work
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
@@ -37,9 +38,13 @@ class TrialTask:
         averaged: the averaged readout of this arm, EMA or SCHEDULE_FREE.
         evaluation_steps: ascending steps at which validation errors are measured; the last one is the horizon.
         rungs: those of them after which somebody decides whether the trial goes on.
+        horizons: ascending lengths of the complete schedules that are left, the workload's last; a trial trains
+            through the first, and from the beginning through the next where it goes on. Left out, the workload's alone.
         device: ``cpu`` or ``cuda``.
         rule: name of the update rule; left out, that of the key, which may be another name for the same optimizer.
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
+        written_every_s: seconds between two writings of its files; the first evaluation, a rung and the end are always
+            written.
     """
 
     key: TrialKey
@@ -58,10 +63,18 @@ class TrialTask:
     rule: str = ""
     treats: Treats = Treats.ALL
     rungs: tuple[int, ...] = ()
+    written_every_s: float = 30.0
+    horizons: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a trial that would not be measured at its horizon."""
-        if self.evaluation_steps[-1:] != (self.workload.max_steps,):
+        """Refuse a trial that would not be measured at its horizons."""
+        last = (self.workload.max_steps,)
+        if not set(self.horizons) <= set(self.evaluation_steps) or self.horizons[-1:] not in ((), last):
+            raise ValueError(
+                f"horizons: found {self.horizons}, allowed: ascending, among the evaluation steps and ending at the "
+                f"workload's horizon, {self.workload.max_steps}"
+            )
+        if self.evaluation_steps[-1:] != last:
             raise ValueError(
                 f"evaluation_steps: found {self.evaluation_steps}, allowed: ascending and ending at the horizon, "
                 f"{self.workload.max_steps}"
@@ -71,6 +84,24 @@ class TrialTask:
     def optimizer(self) -> str:
         """Name of the update rule."""
         return self.rule or self.key.optimizer
+
+    @property
+    def horizon(self) -> int:
+        """Steps of the schedule that the trial trains through now."""
+        return self.horizons[0] if self.horizons else self.workload.max_steps
+
+    @property
+    def lengthened(self) -> TrialTask | None:
+        """The trial at its next horizon, which it trains through from the beginning; None at the last."""
+        left = self.horizons[1:]
+        return replace(self, horizons=left, rungs=left[:-1]) if left else None
+
+    def at(self, horizon: int) -> TrialTask | None:
+        """The trial at one of the horizons that are left; None at a shorter one."""
+        found: TrialTask | None = self
+        while found is not None and found.horizon != horizon:
+            found = found.lengthened
+        return found
 
     @property
     def final_splits(self) -> tuple[str, ...]:
@@ -85,9 +116,15 @@ class Evaluation:
     """One evaluation of a running trial; plain data, so that it passes through any scheduler.
 
     Attributes:
+        step: finished steps at this horizon.
         objective: the study's objective on the validation split, lower is better.
-        wall_s: seconds since the trial began, earlier attempts included. device_s: those spent in training steps.
+        wall_s: seconds since the trial began at this horizon, earlier attempts included. device_s: those spent in
+            training steps.
         train_loss: mean training loss since the previous evaluation.
+        horizon: steps of the schedule that the trial was trained through.
+        at_rung: whether somebody decides now if the trial goes on.
+        earlier: what the trial spent at shorter horizons.
+        lost: what kills and crashes took, at any horizon, and it had to do again; to `NOTE_EVERY_S` seconds each.
         outcome: set in the last report of a trial that ended by itself.
     """
 
@@ -99,9 +136,23 @@ class Evaluation:
     train_loss: float
     learning_rate: float
     attempts: int
+    horizon: int = 0
+    at_rung: bool = False
+    earlier: Work = field(default_factory=Work)
+    lost: Work = field(default_factory=Work)
     outcome: Reason | None = None
     message: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def done(self) -> Work:
+        """What the trial has spent at this horizon."""
+        return Work(steps=self.step, wall_s=self.wall_s, device_s=self.device_s)
+
+    @property
+    def spent(self) -> Work:
+        """What it has spent at all horizons, without what was lost."""
+        return self.earlier + self.done
 
     @property
     def is_sound(self) -> bool:
@@ -132,7 +183,9 @@ class Evaluation:
     def from_plain(cls, plain: Mapping[str, Any]) -> Evaluation:
         """The inverse of `to_plain`; keys that are not an evaluation's are left out."""
         known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
-        return cls(**{**known, "outcome": Reason(known["outcome"]) if known.get("outcome") else None})
+        known["outcome"] = Reason(known["outcome"]) if known.get("outcome") else None
+        work = {name: Work(**known.get(name, {})) for name in ("earlier", "lost")}
+        return cls(**{**known, **work})
 
 
 def trial_task(
@@ -164,6 +217,7 @@ def trial_task(
         rule=arm.rule,
         treats=arm.space.treats,
         rungs=arm.rungs if key.stage is Stage.TUNE else (),
+        horizons=arm.horizons if key.stage is Stage.TUNE else (),
     )
 
 

@@ -58,7 +58,7 @@ class Tenant:
     """A trial with the module, optimizer and rule that it brings.
 
     Args:
-        task: the trial.
+        task: the trial; it goes on at the horizon of its checkpoint.
         modules: built modules to use again, of trials with the same model.
 
     Attributes:
@@ -74,8 +74,8 @@ class Tenant:
     """
 
     def __init__(self, task: TrialTask, modules: ModuleShelf) -> None:
-        self.task = task
         self.book = TrialBook(task)
+        self.task = task = self.book.task
         self._config = training_module(task)
         self._module, self._initial = modules.module(task, self._config)
         self._module.optimizer_config = self._config["optimizer"]
@@ -132,13 +132,13 @@ class Tenant:
         return {n: held[position[id(p)]].detach().clone() for n, p in trainable_parameters(self.model).items()}
 
     def learning_rate_factors(self) -> torch.Tensor:
-        """What the schedule makes of the learning rate at each step, float64 (horizon + 1,)."""
+        """What the schedule makes of the learning rate at each step, float64 (workload's horizon + 1,)."""
         factors = [self.learning_rate_factor(step) for step in range(self.task.workload.max_steps + 1)]
         return torch.tensor(factors, dtype=torch.float64)
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor for the update that follows `step` finished steps."""
-        return schedule_factor(self.task.schedule, step, self.task.workload.max_steps)
+        return schedule_factor(self.task.schedule, step, self.task.horizon)
 
     def saved(self, state: SlotState) -> dict[str, Any]:
         """The engine's part of a checkpoint; a finished confirm trial also writes NequIP's own checkpoint."""

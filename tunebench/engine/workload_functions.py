@@ -102,7 +102,8 @@ class WorkloadFunctions:
         if key not in self._predictions:
             function = Evaluate(self._traced(batches[0]))
             batch = {name: batches[0][name].contiguous() for name in function.batch_keys}
-            called = self._called(function, (weights, constants, batch), compiled=self._compiled)
+            compiled = self._compiled and split == Split.VAL  # the others are read once, at the end
+            called = self._called(function, (weights, constants, batch), compiled=compiled)
             self._predictions[key] = called, function.batch_keys
         return self._predictions[key]
 

@@ -20,9 +20,11 @@ from tunebench.study.spec import (
     InWords,
     Model,
     NequipData,
+    Sampler,
     Schedule,
     ScheduleKind,
     Study,
+    Tune,
     Workload,
     XtbData,
 )
@@ -148,9 +150,14 @@ def _size_problems(workload: Workload, key: str) -> Iterator[Problem]:
 
 
 def _schedule_problems(schedule: Schedule, key: str) -> Iterator[Problem]:
+    """A setting that its kind does not read would be ignored without a word."""
+    if schedule.kind is ScheduleKind.CONSTANT and schedule.final_factor != Schedule().final_factor:
+        yield Problem(f"{key}.final_factor", schedule.final_factor, "left out: a constant schedule does not decay")
     if schedule.kind is not ScheduleKind.WARMUP_STABLE_DECAY:
-        return
-    if schedule.warmup_fraction + schedule.decay_fraction > 1.0:
+        if schedule.decay_fraction != Schedule().decay_fraction:
+            allowed = f"left out unless kind is {ScheduleKind.WARMUP_STABLE_DECAY}"
+            yield Problem(f"{key}.decay_fraction", schedule.decay_fraction, allowed)
+    elif schedule.warmup_fraction + schedule.decay_fraction > 1.0:
         rest = 1.0 - schedule.warmup_fraction
         yield Problem(f"{key}.decay_fraction", schedule.decay_fraction, f"at most 1 - warmup_fraction = {rest:g}")
 
@@ -174,9 +181,21 @@ def _stage_problems(study: Study) -> Iterator[Problem]:
         yield Problem("tune.asha.grace_steps", grace, allowed)
     if study.tune.asha:
         yield from _asha_problems(study.tune.asha, study.tune.trials_per_arm)
+    if study.tune.device_seconds_per_arm is not None:
+        yield from _cap_problems(study.tune)
     if study.confirm.top_k > study.tune.trials_per_arm:
         allowed = f"at most tune.trials_per_arm = {study.tune.trials_per_arm}"
         yield Problem("confirm.top_k", study.confirm.top_k, allowed)
+
+
+def _cap_problems(tune: Tune) -> Iterator[Problem]:
+    """A cap is kept by what is known before the first step."""
+    if tune.sampler is Sampler.TPE:
+        yield Problem("tune.device_seconds_per_arm", tune.device_seconds_per_arm, "left out with sampler: tpe")
+    asha = tune.asha
+    if asha and (asha.form, asha.order) != (AshaForm.PROMOTION, AshaOrder.DETERMINISTIC):
+        allowed = "left out, or tune.asha with form: promotion, order: deterministic, whose cost is known beforehand"
+        yield Problem("tune.device_seconds_per_arm", tune.device_seconds_per_arm, allowed)
 
 
 def _asha_problems(asha: Asha, trials: int) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ def ask(run: Path, wish: Wish) -> None:
         if wish is Wish.RESUME:
             (run / CONTROL).unlink(missing_ok=True)
             return
-        with replacing(run / CONTROL) as partial:
+        with replacing(run / CONTROL, kept_free=0) as partial:  # who cancels a run may do so for want of room
             partial.write_text(f"{wish}\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"{run / CONTROL}: found {error.strerror}, allowed: a file that can be written") from error

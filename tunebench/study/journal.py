@@ -6,7 +6,8 @@ Only the driver writes it, through `JournalWriter`; everybody may read it at any
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._storage import JournalOperation  # no public name for the entries of a journal
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tunebench.study.errors import RunError
+from tunebench.study.journal_form import check_trial, damaged_line, planned_trials
 from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
 
 _log = logging.getLogger(__name__)
 
 _LATE = "decision"
+_AFFORDED = "afforded"
 _STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 
 
@@ -31,17 +36,43 @@ def read_trials(run: Path) -> list[TrialRecord]:
 
     Raises:
         FileNotFoundError: the run has no journal.
+        RunError: the journal is damaged.
     """
-    path = run / JOURNAL
-    if not path.is_file():  # Optuna would create it
-        raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
-    storage = _open(path)
-    return [
-        _record(trial, late)
-        for study in storage.get_all_studies()
-        for late in [_late_decisions(study.user_attrs)]
-        for trial in storage.get_all_trials(study._study_id, deepcopy=False)
-    ]
+    path = _journal_file(run)
+    with _reading(path):
+        planned = planned_trials(path)  # before the trials are read: a driver may add some in between
+        storage = _storage(_backend(path))
+        trials = [
+            _record(trial, late, study.study_name)
+            for study in storage.get_all_studies()
+            for late in [_late_decisions(study.user_attrs)]
+            for trial in storage.get_all_trials(study._study_id, deepcopy=False)
+        ]
+        if len(trials) < planned:  # Optuna leaves out what does not fit what came before
+            raise ValueError(f"{len(trials)} of {planned} trials can be read")
+        return trials
+
+
+def read_passages(run: Path) -> list[tuple[str, int | None]]:
+    """Every rung that a trial reached, as (trial id, step), and every end, as (trial id, None), in the order written.
+
+    Raises:
+        FileNotFoundError: the run has no journal.
+        RunError: the journal is damaged.
+    """
+    path = _journal_file(run)
+    trials: list[str] = []  # Optuna numbers trials as they come
+    passages: list[tuple[str, int | None]] = []
+    with _reading(path):
+        for entry in _backend(path).read_logs(0):
+            match entry["op_code"]:
+                case JournalOperation.CREATE_TRIAL:
+                    trials.append(entry["user_attrs"]["trial_id"])
+                case JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE:
+                    passages.append((trials[entry["trial_id"]], entry["step"]))
+                case JournalOperation.SET_TRIAL_STATE_VALUES if TrialState(entry["state"]).is_finished():
+                    passages.append((trials[entry["trial_id"]], None))
+    return passages
 
 
 class JournalWriter:
@@ -56,7 +87,10 @@ class JournalWriter:
         # lets one driver in at a time and goes with its process, so what lies here is stale.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         mend_torn_tail(path)
-        self._storage = _open(path)
+        if path.exists():
+            read_trials(run)  # refuses what is damaged: what a driver adds to it would not mend it
+        self._backend = _BatchBackend(path)
+        self._storage = _storage(self._backend)
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         self._trials: dict[str, int] = {}
         for study_id in self._studies.values():
@@ -71,6 +105,21 @@ class JournalWriter:
         for name in attributes.keys() - written.keys():  # a kill may have come between the study and its attributes
             self._storage.set_study_user_attr(self._studies[arm], name, attributes[name])
 
+    def afford(self, arm: str, wanted: int, count: int) -> None:
+        """Write how many of the configurations that are wanted for an arm its device-seconds pay for."""
+        self._storage.set_study_user_attr(self._studies[arm], f"{_AFFORDED} {wanted}", count)
+
+    def afforded(self, arm: str, wanted: int) -> int | None:
+        """What `afford` has written; None before that."""
+        count: int | None = self._storage.get_study_user_attrs(self._studies[arm]).get(f"{_AFFORDED} {wanted}")
+        return count
+
+    def afforded_before(self, arm: str, wanted: int) -> list[int]:
+        """What `afford` has written for smaller numbers of configurations, before the run was extended."""
+        written = self._storage.get_study_user_attrs(self._studies[arm])
+        numbers = (int(name.split()[1]) for name in written if name.startswith(f"{_AFFORDED} "))
+        return [written[f"{_AFFORDED} {number}"] for number in sorted(numbers) if number < wanted]
+
     def plan(
         self,
         key: TrialKey,
@@ -80,8 +129,9 @@ class JournalWriter:
         data_hash: str | None = None,
         *,
         sentinel: bool = False,
+        point: Mapping[str, float] | None = None,
     ) -> None:
-        """Enter a trial that waits to be started."""
+        """Enter a trial that waits to be started; `point` is where in the unit cube its hyperparameters come from."""
         if key.trial_id in self._trials:
             return
         template = create_trial(
@@ -95,6 +145,7 @@ class JournalWriter:
                 "seeds": dict(seeds),
                 "data_hash": data_hash,
                 "sentinel": sentinel,
+                "point": dict(point or {}),
             },
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
@@ -142,18 +193,44 @@ class JournalWriter:
         if self._trial(key).state.is_finished():
             return
         self.start(key)
-        for name, content in {"detail": detail, "ledger": ledger, "result": result}.items():
-            self._set(key, name, dict(content))
-        self._set(key, "reason", reason.value)
         state = _STATES.get(reason, TrialState.FAIL)
         values = None if value is None or state == TrialState.FAIL else [value]
-        self._storage.set_trial_state_values(self._trials[key.trial_id], state, values)
+        with self._backend.batch():
+            for name, content in {"detail": detail, "ledger": ledger, "result": result}.items():
+                self._set(key, name, dict(content))
+            self._set(key, "reason", reason.value)
+            self._storage.set_trial_state_values(self._trials[key.trial_id], state, values)
 
     def _trial(self, key: TrialKey) -> FrozenTrial:
         return self._storage.get_trial(self._trials[key.trial_id])
 
     def _set(self, key: TrialKey, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(self._trials[key.trial_id], name, value)
+
+
+class _BatchBackend(JournalFileBackend):
+    """Writes the entries of a batch at once: each write waits for the disk, and a trial's end is five entries."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lock_obj=JournalFileOpenLock(str(path)))
+        self._held: list[dict[str, Any]] | None = None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is None:
+            super().append_logs(logs)
+        else:
+            self._held += logs
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Hold back what is written inside, and nothing of it reaches the disk if the block fails."""
+        self._held = []
+        try:
+            yield
+            held, self._held = self._held, None
+            super().append_logs(held)
+        finally:
+            self._held = None
 
 
 def mend_torn_tail(path: Path) -> None:
@@ -168,9 +245,33 @@ def mend_torn_tail(path: Path) -> None:
             file.truncate(whole)
 
 
-def _open(path: Path) -> JournalStorage:
+def _journal_file(run: Path) -> Path:
+    path = run / JOURNAL
+    if not path.is_file():  # Optuna would create it
+        raise FileNotFoundError(f"{path}: no journal here, allowed: a run directory written by `tunebench run`")
+    return path
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged journal does to its reader into one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # Optuna trusts its files, and fails in any way where one does not deserve it
+        line = damaged_line(path)
+        what = f"line {line} is no entry" if line else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RunError(f"{path}: found an unreadable journal ({what}), allowed: Optuna's journal") from error
+
+
+def _storage(backend: JournalFileBackend) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    return JournalStorage(backend)
+
+
+def _backend(path: Path) -> JournalFileBackend:
+    return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
 
 
 def _late(trial_id: str, rung: int) -> str:
@@ -192,12 +293,15 @@ def _decisions(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> 
     return sorted([*own, *after], key=lambda decision: int(decision["rung"]))
 
 
-def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> TrialRecord:
+def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]], arm: str) -> TrialRecord:
     attributes = trial.user_attrs
-    key = attributes["key"]
+    check_trial(attributes, late.get(attributes["trial_id"], []), trial.values, trial.intermediate_values)
+    key = TrialKey(**{**attributes["key"], "stage": Stage(attributes["key"]["stage"])})
+    if (key.trial_id, key.arm) != (attributes["trial_id"], arm):
+        raise ValueError(f"a trial {attributes['trial_id']!r} of arm {arm!r} with the key of {key.trial_id!r}")
     reason = attributes.get("reason")
     return TrialRecord(
-        key=TrialKey(**{**key, "stage": Stage(key["stage"])}),
+        key=key,
         number=trial.number,
         state=trial.state.name,
         reason=Reason(reason) if reason and trial.state.is_finished() else None,
@@ -209,6 +313,7 @@ def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]]) -> Tri
         ledger=attributes.get("ledger", {}),
         decisions=_decisions(trial, late),
         sentinel=attributes.get("sentinel", False),
+        point=attributes.get("point", {}),
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         engine=attributes.get("engine"),

@@ -18,7 +18,7 @@ from tunebench.study.plan import ArmPlan, plan_arms
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import FloatParameter, Role
 from tunebench.study.sentinels import FEWEST, SMALLEST_SHARE, sentinel_count
-from tunebench.study.spec import AshaForm, AshaOrder, InWords, Sampler, ScheduleKind, StudyError
+from tunebench.study.spec import AshaForm, AshaOrder, Fidelity, InWords, Sampler, ScheduleKind, StudyError
 
 _CONFIRMED, _SEEDS, _LARGEST_FACTOR = 3, 5, 3  # rules F11 and F12
 _SMALLEST_GRACE = 0.25  # of the horizon
@@ -99,7 +99,11 @@ def _equal_budget(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     trials = resolved.study.tune.trials_per_arm
     larger = [arm.name for arm in resolved.study.optimizers if arm.budget > 1]
     audits = f"; {', '.join(larger)} searches more, as an audit, and its rank does not count" if larger else ""
-    return _PASS, f"{trials} configurations for every arm that competes{audits}", ""
+    cap = resolved.study.tune.device_seconds_per_arm
+    if cap is None:
+        reason = f"{trials} configurations for every arm that competes, at whatever their steps cost{audits}"
+        return _WARN, reason, "tune.device_seconds_per_arm"
+    return _PASS, f"{trials} configurations and {cap:g} device-seconds for every arm that competes{audits}", ""
 
 
 def _baselines(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
@@ -188,16 +192,30 @@ def _fidelity(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
         return _PASS, "every trial runs to the horizon", ""
     if asha.reduction_factor > _LARGEST_FACTOR:
         return _FAIL, f"reduction_factor {asha.reduction_factor}", f"reduction_factor of at most {_LARGEST_FACTOR}"
-    for arm in arms:
+    cut = [arm for arm in arms if arm.rungs and arm.fidelity is Fidelity.TRUNCATE]
+    for arm in cut:
         smallest, why = smallest_grace(arm)
-        if arm.rungs and arm.rungs[0] < smallest:
+        if arm.rungs[0] < smallest:
             reason = f"{arm.name} is compared at step {arm.rungs[0]}, before {why} (step {smallest})"
             return _FAIL, reason, f"tune.asha.grace_steps of at least {smallest}, or left out"
-    decaying = sorted({arm.optimizer for arm in arms if arm.schedule.kind is not ScheduleKind.CONSTANT})
+    decaying = sorted({arm.optimizer for arm in cut if arm.schedule.kind is not ScheduleKind.CONSTANT})
     if decaying:
         reason = f"{', '.join(decaying)} are compared in the middle of a schedule that decays until the horizon"
-        return _WARN, reason, "asha: null where devices allow, or more sentinels, which tell what it costs"
-    return _PASS, "no trial is compared before its warm-up, two averaging windows and a quarter of the horizon", ""
+        return _WARN, reason, "tune.asha.fidelity: rescale, or more sentinels, which tell what it costs"
+    return _PASS, _compared(arms), ""
+
+
+def _compared(arms: list[ArmPlan]) -> str:
+    """What rungs compare, by fidelity."""
+    words = {
+        Fidelity.TRUNCATE: "no trial is compared before warm-up, two averaging windows and a quarter of the horizon",
+        Fidelity.RESCALE: "trials are compared at the ends of complete schedules",
+    }
+    kinds = {kind: sorted({arm.optimizer for arm in arms if arm.fidelity is kind}) for kind in words}
+    told = {kind: names for kind, names in kinds.items() if names}
+    if len(told) == 1:
+        return words[next(iter(told))]
+    return "; ".join(f"{', '.join(names)}: {words[kind]}" for kind, names in told.items())
 
 
 def smallest_grace(arm: ArmPlan) -> tuple[int, str]:

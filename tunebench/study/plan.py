@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunebench.study.record import Readout, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.seeds import named_seed
 from tunebench.study.sentinels import sentinel_count
-from tunebench.study.spec import Asha, AshaForm, Sampler, Schedule, Tune, Workload
+from tunebench.study.spec import Asha, AshaForm, Fidelity, Schedule, Tune, Workload
 
 _EVALUATIONS = 20  # per horizon, where the study does not say
 
@@ -24,6 +22,7 @@ class ArmPlan:
         optimizer: name of the optimizer's entry in the study. rule: the optimizer itself, which may have two entries.
         trials: configurations of the tune stage.
         rungs: steps at which ASHA compares the arm's trials. evaluation_steps: steps with validation errors.
+        fidelity: TRUNCATE or RESCALE, what trials have done at a rung.
         averaged: the averaged readout, EMA or SCHEDULE_FREE.
     """
 
@@ -35,7 +34,14 @@ class ArmPlan:
     schedule: Schedule
     averaged: Readout
     rungs: tuple[int, ...]
+    fidelity: Fidelity
     evaluation_steps: tuple[int, ...]
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Lengths of the schedules that a trial of the tune stage may train through, the workload's horizon last."""
+        shorter = self.rungs if self.fidelity is Fidelity.RESCALE else ()
+        return (*shorter, self.workload.max_steps)
 
     @property
     def name(self) -> str:
@@ -65,6 +71,7 @@ def plan_arms(resolved: ResolvedStudy) -> list[ArmPlan]:
             schedule=resolved.schedules[arm.name],
             averaged=Readout(resolved.spaces[arm.name].readout),
             rungs=(rungs := rung_steps(resolved.study.tune.asha, workload.max_steps)),
+            fidelity=(resolved.study.tune.asha or Asha()).fidelity.under(resolved.schedules[arm.name]),
             evaluation_steps=evaluation_steps(workload, rungs),
         )
         for workload in resolved.study.workloads
@@ -104,11 +111,16 @@ def survivors(tune: Tune, rungs: tuple[int, ...], fewest: int = 1) -> list[int]:
     counts, competing = [], trials
     for _ in rungs:
         if tune.asha.form is AshaForm.PROMOTION:
-            competing = min(max(competing // factor, fewest), competing)
+            competing = promoted(tune.asha, competing, fewest)
         else:
             competing = round(sum(max(seen // factor, 1) / seen for seen in range(1, competing + 1)))
         counts.append(round(competing + sentinels * (1.0 - competing / trials)))
     return counts
+
+
+def promoted(asha: Asha, competing: int, fewest: int) -> int:
+    """Trials that a rung of the promotion form lets go on, of so many that compete there."""
+    return min(max(competing // asha.reduction_factor, fewest), competing)
 
 
 def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict[str, int]:
@@ -116,67 +128,16 @@ def trial_seeds(root: int, workload: str, stage: Stage, seed_index: int) -> dict
     return {name: named_seed(root, name, workload, stage.value, seed_index) for name in ("init", "order", "labels")}
 
 
-def tune_steps(tune: Tune, rungs: tuple[int, ...], horizon: int, fewest: int = 1) -> int:
+def tune_steps(
+    tune: Tune, rungs: tuple[int, ...], horizon: int, fewest: int = 1, fidelity: Fidelity = Fidelity.TRUNCATE
+) -> int:
     """Steps expected of an arm's tune stage, without failures; `fewest` as in `survivors`."""
     alive = [tune.trials_per_arm, *survivors(tune, rungs, fewest)]
+    return sum(count * leg for count, leg in zip(alive, legs(rungs, horizon, fidelity), strict=True))
+
+
+def legs(rungs: tuple[int, ...], horizon: int, fidelity: Fidelity) -> list[int]:
+    """Steps that a trial pays for to reach each rung from the one before, and at last the horizon."""
     ends = [*rungs, horizon]
-    return sum(count * (end - start) for count, start, end in zip(alive, [0, *rungs], ends, strict=True))
-
-
-def plan_summary(
-    resolved: ResolvedStudy,
-    step_seconds: Mapping[str, float] | None = None,
-    engines: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
-
-    Args:
-        resolved: the study.
-        step_seconds: measured seconds of one training step by arm name, alone on its device.
-        engines: ``{engine, slots, reason}`` by workload name, where it is known.
-    """
-    study = resolved.study
-    rows: list[dict[str, Any]] = []
-    for arm in plan_arms(resolved):
-        horizon = arm.workload.max_steps
-        tune = study.tune.model_copy(update={"trials_per_arm": arm.trials})
-        fewest = min(study.confirm.top_k, arm.trials)
-        confirm_trials, tune_cost = fewest * study.confirm.seeds, tune_steps(tune, arm.rungs, horizon, fewest)
-        steps = {"tune": tune_cost, "confirm": confirm_trials * horizon}
-        seconds = (step_seconds or {}).get(arm.name)
-        engine = (engines or {}).get(arm.workload.name, {})
-        rows.append(
-            {
-                "arm": arm.name,
-                "engine": engine.get("engine"),
-                "slots": engine.get("slots"),
-                "trials": arm.trials,
-                "confirm_trials": confirm_trials,
-                "horizon_steps": horizon,
-                "rungs": list(arm.rungs),
-                "expected_survivors": survivors(tune, arm.rungs, fewest),
-                "parameters": sorted(arm.space.parameters),
-                "expected_tune_steps": steps["tune"],
-                "expected_confirm_steps": steps["confirm"],
-                "step_s": seconds,
-                "expected_tune_device_s": None if seconds is None else seconds * steps["tune"],
-                "expected_confirm_device_s": None if seconds is None else seconds * steps["confirm"],
-                "expected_device_s": None if seconds is None else seconds * sum(steps.values()),
-            }
-        )
-    return {
-        "study": study.name,
-        "hash": resolved.hash,
-        "ranked": study.tune.sampler is Sampler.SOBOL,
-        "arms": rows,
-        "trials": sum(row["trials"] + row["confirm_trials"] for row in rows),
-        "expected_tune_device_s": _sum_known(row["expected_tune_device_s"] for row in rows),
-        "expected_confirm_device_s": _sum_known(row["expected_confirm_device_s"] for row in rows),
-        "expected_device_s": _sum_known(row["expected_device_s"] for row in rows),
-    }
-
-
-def _sum_known(values: Iterable[float | None]) -> float | None:
-    """The sum, or None where a value is not known."""
-    listed = list(values)
-    return None if None in listed else sum(value for value in listed if value is not None)
+    starts = [0, *rungs] if fidelity is Fidelity.TRUNCATE else [0] * len(ends)
+    return [end - start for start, end in zip(starts, ends, strict=True)]

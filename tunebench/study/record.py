@@ -14,6 +14,8 @@ STUDY = "study.yaml"
 STUDY_HASH = "study.sha256"
 ENVIRONMENT = "environment.json"
 CURVES = "curves"
+SHORTER_CURVES = "shorter_curves"
+"""Curves of a trial at horizons before its last one, ``TRIAL.hSTEPS.parquet``."""
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 REPORT = "report"
@@ -122,8 +124,11 @@ class TrialRecord:
         decisions: what its rungs said of it in turn, ``{trial, rung, value, cutoff, competitors, goes_on, sentinel}``;
             for a sentinel, which goes on all the same, what they would have said.
         sentinel: whether it was chosen, before the start, never to be stopped.
+        point: where in the unit cube of the Sobol sequence the hyperparameters come from, which arms share by name;
+            empty in the confirm stage and under TPE.
         seeds: named seeds ``{init, order, labels}``.
-        ledger: ``{steps, wall_s, device_s, attempts}``; device-seconds exclude evaluation.
+        ledger: ``{steps, lost_steps, wall_s, device_s, attempts}``; steps at shorter horizons count, and the seconds of
+            steps that a kill or a crash took, ``lost_steps``, count as well; device-seconds exclude evaluation.
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
         engine: what trained it last, ``cohort`` or ``lightning``; None before its start.
@@ -142,6 +147,7 @@ class TrialRecord:
     ledger: dict[str, float]
     decisions: list[dict[str, Any]] = field(default_factory=list)
     sentinel: bool = False
+    point: dict[str, float] = field(default_factory=dict)
     data_hash: str | None = None
     engine: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)

@@ -149,7 +149,7 @@ class Schedule(Section):
     )
     warmup_fraction: Fraction = Field(default=0.05, description="linear warm-up, as a fraction of the horizon")
     decay_fraction: Fraction = Field(default=0.2, description="last part that decays; warmup_stable_decay only")
-    final_factor: Fraction = Field(default=0.0, description="factor at the horizon")
+    final_factor: Fraction = Field(default=0.0, description="factor at the horizon; not with constant")
 
 
 class Workload(Section):
@@ -234,6 +234,20 @@ class AshaOrder(StrEnum):
     ASYNCHRONOUS = "asynchronous"
 
 
+class Fidelity(StrEnum):
+    """What a trial has done at a rung: the beginning of its schedule, or a complete schedule of the rung's length."""
+
+    AUTO = "auto"
+    TRUNCATE = "truncate"
+    RESCALE = "rescale"
+
+    def under(self, schedule: Schedule) -> Fidelity:
+        """The fidelity of an arm: AUTO is TRUNCATE where the learning rate stays constant, else RESCALE."""
+        if self is not Fidelity.AUTO:
+            return self
+        return Fidelity.TRUNCATE if schedule.kind is ScheduleKind.CONSTANT else Fidelity.RESCALE
+
+
 def _sentinels(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INTEGER_LIMIT
     if value != "auto" and not number:
@@ -263,6 +277,12 @@ class Asha(Section):
         description="deterministic: a rung is decided when all who can come have come; asynchronous: at once, where "
         "one arm alone would leave devices idle",
     )
+    fidelity: Annotated[Fidelity, Field(strict=False)] = Field(
+        default=Fidelity.AUTO,
+        description="rescale: each rung ends a complete schedule of its own length, and who goes on starts anew with a "
+        "longer one; truncate: rungs cut one schedule; auto is truncate for arms whose schedule is constant, else "
+        "rescale",
+    )
     sentinels: Sentinels = Field(
         default="auto",
         description="configurations of each arm that are never stopped; auto is 15 % of them, at least 8, at most all",
@@ -284,6 +304,11 @@ class Tune(Section):
         default=Sampler.SOBOL, description="sobol, or tpe: exploratory and never ranked"
     )
     asha: Asha | None = Field(default_factory=Asha, description="early stopping; null runs every trial to the horizon")
+    device_seconds_per_arm: PositiveFloat | None = Field(
+        default=None,
+        description="cap on what an arm's search costs, in steps times calibrated seconds of a step; an arm whose "
+        "configurations may cost more has fewer of them",
+    )
 
 
 class Confirm(Section):
@@ -404,10 +429,15 @@ class StudyError(Exception):
         place = f"{file}: {key}" if key else str(file)
         others = f" (and {more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
         line = f"{place}: found {_shortened(found)}, allowed: {allowed}{others}"
-        super().__init__(" ".join(line.splitlines()))
+        super().__init__(_printable(" ".join(line.splitlines())))
 
     def __reduce__(self) -> tuple[type[StudyError], tuple[str, str, object, str, int]]:
         return type(self), (self.file, self.key, self.found, self.allowed, self.more)
+
+
+def _printable(line: str) -> str:
+    """A line that a terminal shows and does not obey: a key may hold whatever YAML can write."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
 
 
 def _shortened(value: object, limit: int = 120) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunebench.study.control import asked
 from tunebench.study.errors import RunError
+from tunebench.study.false_stops import false_stops
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
 
@@ -22,6 +23,7 @@ def run_status(run: Path) -> dict[str, Any]:
     """
     trials = read_trials(run)
     arms = list(dict.fromkeys((trial.key.arm, trial.key.stage) for trial in trials))
+    stops = {found.arm: found for found in false_stops(trials)}
     confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
     hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
     return {
@@ -30,7 +32,11 @@ def run_status(run: Path) -> dict[str, Any]:
         "asked": asked(run).value,
         "trials": len(trials),
         "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
-        "arms": [_counts([t for t in trials if (t.key.arm, t.key.stage) == arm]) for arm in arms],
+        "arms": [
+            _counts([t for t in trials if (t.key.arm, t.key.stage) == (arm, stage)])
+            | {"false_stops": stops[arm].to_plain() if stage is Stage.TUNE and stops[arm].sentinels else None}
+            for arm, stage in arms
+        ],
     }
 
 
@@ -59,7 +65,7 @@ def explain_trial(run: Path, name: str) -> dict[str, Any]:
         "ledger": trial.ledger,
         "groups": trial.groups,
         "engine": trial.engine,
-        "text": _sentences(trial),
+        "text": "\n".join([*_sentences(trial), *_about_its_arm(trial, trials)]),
     }
 
 
@@ -85,7 +91,7 @@ def _counts(trials: list[TrialRecord]) -> dict[str, Any]:
     }
 
 
-def _sentences(trial: TrialRecord) -> str:
+def _sentences(trial: TrialRecord) -> list[str]:
     settings = ", ".join(f"{name} = {_short(value)}" for name, value in trial.params.items())
     lines = [f"{trial.key.trial_id}: {_why(trial)}", f"configuration: {settings}"]
     if trial.sentinel:
@@ -97,10 +103,26 @@ def _sentences(trial: TrialRecord) -> str:
         lines.append(f"update rules: {_rules(trial)}")
     if trial.ledger:
         lines.append(
-            f"work: {trial.ledger['steps']:.0f} steps, {trial.ledger['device_s']:.1f} device-seconds, "
+            f"work: {trial.ledger['steps']:.0f} steps{_lost(trial)}, {trial.ledger['device_s']:.1f} device-seconds, "
             f"{trial.ledger['attempts']:.0f} attempt(s)" + (f", {trial.engine} engine" if trial.engine else "")
         )
-    return "\n".join(lines)
+    return lines
+
+
+def _about_its_arm(trial: TrialRecord, trials: list[TrialRecord]) -> list[str]:
+    """How far the rungs of a trial's arm can be trusted, where its sentinels tell."""
+    found = next((each for each in false_stops(trials) if each.arm == trial.key.arm), None)
+    if trial.key.stage is not Stage.TUNE or found is None or not found.sentinels:
+        return []
+    return [
+        f"false stops of its arm: {found.wrongly} of {found.sentinels} sentinels, "
+        f"{100 * found.low:.0f} to {100 * found.high:.0f} % with 95 % confidence"
+    ]
+
+
+def _lost(trial: TrialRecord) -> str:
+    lost = trial.ledger.get("lost_steps", 0)
+    return f" and {lost:.0f} that a kill or a crash took" if lost else ""
 
 
 def _at_rung(decision: dict[str, Any] | None) -> str:
@@ -134,6 +156,8 @@ def _why(trial: TrialRecord) -> str:
         case Reason.FINISHED:
             objective = "an objective that is not finite" if trial.value is None else f"objective {trial.value:.5g}"
             return f"finished its horizon with {objective}"
+        case Reason.STOPPED_ASHA if not {"rung", "cutoff", "value", "recorded"} <= detail.keys():
+            return "stopped at a rung that the journal does not name"
         case Reason.STOPPED_ASHA:
             if not math.isfinite(detail["value"]):
                 return f"stopped at rung {detail['rung']}: its objective {detail['value']} is not finite"

@@ -98,6 +98,11 @@ class _Writer(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escaped where PyYAML would write one of Unicode's line breaks as it is and read back another character."""
+        style = '"' if any(not char.isprintable() and char != "\n" for char in text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
 
 for _tag, _pattern, _starts in _SCALARS:
     _Reader.add_implicit_resolver(_tag, _pattern, _starts)
@@ -106,6 +111,9 @@ _Reader.add_constructor("tag:yaml.org,2002:map", _Reader.construct_mapping)
 _Reader.add_constructor("tag:yaml.org,2002:seq", _Reader.construct_whole_sequence)
 _Reader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Reader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _float(node.value))
+
+
+_Writer.add_representer(str, _Writer.represent_text)
 
 
 def _float(text: str) -> float:

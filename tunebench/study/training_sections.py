@@ -27,7 +27,7 @@ def training_sections(
     schedule: Schedule,
     averaged: Readout,
     *,
-    horizon: int,
+    horizon: int | None = None,
 ) -> dict[str, Any]:
     """The `training_module` section but for its model, which needs the data.
 
@@ -37,14 +37,14 @@ def training_sections(
         hyper: its hyperparameters, searched and fixed.
         schedule: of the learning rate.
         averaged: the averaged readout, EMA or SCHEDULE_FREE.
-        horizon: steps over which the schedule runs.
+        horizon: steps after which the schedule ends; left out, the workload's.
     """
     free = averaged is Readout.SCHEDULE_FREE
     kind = "ScheduleFreeLightningModule" if free else "EMALightningModule"
     return {
         "_target_": f"nequip.train.{kind}",
         "optimizer": optimizer_config(optimizer, hyper),
-        "lr_scheduler": lr_scheduler(schedule, horizon),
+        "lr_scheduler": lr_scheduler(schedule, horizon or workload.max_steps),
         "loss": loss_section(workload.loss, partial_forces=workload.labels.force_fraction < 1),
         "val_metrics": metrics_section(workload.loss),
         "test_metrics": metrics_section(workload.loss),

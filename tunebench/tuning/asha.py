@@ -107,7 +107,7 @@ class PerArmAsha(FIFOScheduler):
         if result["outcome"] is not None:
             self._undelivered += ladder.end(key.trial_id)
             return str(TrialScheduler.CONTINUE)
-        if result["step"] not in ladder.rungs:
+        if not result["at_rung"]:
             return str(TrialScheduler.CONTINUE)
         self._undelivered += ladder.arrive(key.trial_id, result["step"], result["objective"])
         fate = ladder.fate(key.trial_id, result["step"])
@@ -116,8 +116,14 @@ class PerArmAsha(FIFOScheduler):
         return str(_ACTIONS[fate])
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial that failed for good will reach no further rung."""
-        self._left(trial)
+        """A trial has failed, but Tune (2.60) says so of those that it starts again as well: see `gave_up`."""
+        self._forget(trial)
+
+    def gave_up(self, trial_id: str) -> None:
+        """A trial failed for good and will reach no further rung."""
+        ladder = self._ladders.get(self._key_of(trial_id).arm)
+        if ladder is not None:
+            self._undelivered += ladder.end(trial_id)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has ended."""
@@ -129,19 +135,22 @@ class PerArmAsha(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
-        paused: list[Trial] = [trial for trial in tune_controller.get_trials() if trial.status == Trial.PAUSED]
+        by_status: dict[str, list[Trial]] = {status: [] for status in (Trial.PAUSED, Trial.RUNNING, Trial.PENDING)}
+        for trial in tune_controller.get_trials():  # every trial of the study, at every step of Tune: one look at each
+            if trial.status in by_status:
+                by_status[trial.status].append(trial)
+        paused, pending = by_status[Trial.PAUSED], by_status[Trial.PENDING]
         for trial in paused:
             if self._fate(trial) is Fate.STOP:
                 tune_controller.stop_trial(trial)
-        trials = tune_controller.get_trials()
-        active = {t.config["trial"] for t in trials if t.status in (Trial.RUNNING, Trial.PENDING)}
-        for trial in paused:
-            name = trial.config["trial"]
-            if self._may_go_on(trial) and self._room_for(name, active - self.waiting):
-                self._forget(trial)
-                return trial
-        pending: Trial | None = next((trial for trial in trials if trial.status == Trial.PENDING), None)
-        return pending
+        promoted = [trial for trial in paused if self._may_go_on(trial)]
+        if promoted:
+            active = {trial.config["trial"] for trial in (*by_status[Trial.RUNNING], *pending)} - self.waiting
+            for trial in promoted:
+                if self._room_for(trial.config["trial"], active):
+                    self._forget(trial)
+                    return trial
+        return pending[0] if pending else None
 
     def debug_string(self) -> str:
         """One line per arm: rung and number of trials seen there."""
@@ -164,10 +173,3 @@ class PerArmAsha(FIFOScheduler):
     def _forget(self, trial: Trial) -> None:
         self._at_rung.pop(trial.config["trial"], None)
         self._held.discard(trial.config["trial"])
-
-    def _left(self, trial: Trial) -> None:
-        name = trial.config["trial"]
-        self._forget(trial)
-        ladder = self._ladders.get(self._key_of(name).arm)
-        if ladder is not None:
-            self._undelivered += ladder.end(name)

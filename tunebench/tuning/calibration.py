@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tunebench.study.errors import RunError
 from tunebench.study.journal import read_trials
-from tunebench.study.record import JOURNAL, TrialRecord
+from tunebench.study.record import JOURNAL
 from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.step_times import LARGEST_SPREAD, UNSTEADY, Calibration, write_calibration
 from tunebench.tuning.preparation import prepare_workloads
@@ -54,7 +55,7 @@ def calibrate_run(source: Path, options: CalibrateOptions, console: Console) -> 
         from tunebench.engine.solo import SoloPlan, solo_steps  # imports torch and NequIP
 
         plan = SoloPlan(rounds=options.rounds, seconds=options.seconds, cache=graphs_folder())
-        table = solo_steps(resolved, data, _trials(run), plan, lambda line: _say(console, line))
+        table = solo_steps(resolved, data, searched_by_arm(run), plan, lambda line: _say(console, line))
         if not table.steps:
             raise RunError(
                 f"{run}: found no step that could be measured, allowed: at least one; the lines above say why"
@@ -72,8 +73,12 @@ def _found(source: Path, run: Path | None) -> tuple[ResolvedStudy, Path]:
     return resolved, run or default_run_folder(resolved, Path("runs"))
 
 
-def _trials(run: Path) -> list[TrialRecord]:
-    return read_trials(run) if (run / JOURNAL).is_file() else []
+def searched_by_arm(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """Searched hyperparameters of a run's trials by arm; empty where it has not begun."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for trial in read_trials(run) if (run / JOURNAL).is_file() else []:
+        found.setdefault(trial.key.arm, []).append(trial.params)
+    return found
 
 
 def _say(console: Console, line: str) -> None:

@@ -7,7 +7,6 @@ worth a short wait for those who are about to come, and for decisions that are a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import queue
@@ -23,8 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunebench.engine.book import TrialBook
-from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
+from tunebench.engine.book import REPEATABLE, TrialBook, crashed, last_evaluation
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.slots import automatic_slots
 from tunebench.engine.task import Evaluation, TrialTask
@@ -167,8 +165,8 @@ class CohortLoop:
         self._tasks[name] = task
         self._joined_at = time.monotonic()
         with log_to(trial_log(task.run, name)):
-            last = last_evaluation(task)
-            if last is not None and last.outcome is None and last.step in task.rungs:
+            last = last_evaluation(task.run, name)
+            if last is not None and last.outcome is None and last.at_rung:
                 self._outside.add(name)  # it may have to leave, and must not step until that is known
                 self._deliver(name, last)
                 return
@@ -270,9 +268,12 @@ class CohortLoop:
             return self._open_cohort.join(task)
         except BrokenPromise as error:
             return Evaluation.without_steps(attempts=1, outcome=Reason.MISMATCHED, message=str(error))
+        except REPEATABLE as error:
+            log.error("the trial crashed\n%s", traceback.format_exc())
+            return crashed(task, error)
 
     def _deliver(self, name: str, evaluation: Evaluation) -> None:
-        decides = evaluation.outcome is None and evaluation.step in self._tasks[name].rungs
+        decides = evaluation.outcome is None and evaluation.at_rung
         self._last[name] = evaluation
         if decides:
             self._held.add(name)
@@ -305,9 +306,3 @@ class CohortLoop:
         if self._cohort is None:
             raise RuntimeError("the cohort is not open")
         return self._cohort
-
-
-def last_evaluation(task: TrialTask) -> Evaluation | None:
-    """What a trial's checkpoint had measured."""
-    checkpoint = load_checkpoint(checkpoint_folder(task.run, task.key.trial_id))
-    return None if checkpoint is None else Evaluation.from_plain(json.loads(checkpoint["evaluation"]))

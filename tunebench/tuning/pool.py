@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tunebench.engine.task import TrialTask
 from tunebench.study.spec import Resources
 from tunebench.tuning.cohort_actor import CohortActor
+from tunebench.tuning.failures import node_is_gone
 from tunebench.tuning.placement import Admit, Placement
 from tunebench.tuning.tenancy import Handle
 from tunebench.tuning.trial_log import log_to
@@ -250,7 +251,7 @@ class Pool:
             self._move()
             await actor.lives.remote()
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
-            self._lose(number, _End(_one_line(error)))
+            self._lose(number, _End(_one_line(error), again=node_is_gone(error)))  # no trial's fault
 
     def _give_back(self) -> None:
         """End cohorts that have nothing to do, where others wait for devices."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from tunebench.engine.checkpoints import drop_checkpoints
+from tunebench.engine.book import last_evaluation, with_losses
+from tunebench.engine.checkpoints import checkpoint_folder, drop_checkpoints
 from tunebench.engine.task import Evaluation
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import PerArmAsha
+from tunebench.tuning.failures import reason_of
 from tunebench.tuning.ladder import Decision, Fate
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
@@ -28,7 +31,6 @@ class Recorder(Callback):
         journal: the run's journal.
         scheduler: where the reasons of stops come from.
         keys: trial keys by trial id.
-        rungs: step -> journal, per arm.
         drop: whether a finished trial's checkpoints are deleted, by key.
         progress: the view that is updated.
         engines: name of the engine of each workload.
@@ -43,7 +45,6 @@ class Recorder(Callback):
         journal: JournalWriter,
         scheduler: PerArmAsha,
         keys: dict[str, TrialKey],
-        rungs: dict[str, tuple[int, ...]],
         drop: Callable[[TrialKey], bool],
         progress: Progress,
         engines: Mapping[str, str],
@@ -52,7 +53,7 @@ class Recorder(Callback):
         obey: Callable[[int], None] = lambda active: None,
     ) -> None:
         self._left, self._stopped, self._obey = left, stopped, obey
-        self._journal, self._scheduler, self._keys, self._rungs = journal, scheduler, keys, rungs
+        self._journal, self._scheduler, self._keys = journal, scheduler, keys
         self._drop, self._progress, self._engines = drop, progress, engines
         self._last: dict[str, Evaluation] = {}
         self._closed: set[str] = set()
@@ -76,14 +77,13 @@ class Recorder(Callback):
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)
-        at_rung = evaluation.step in self._rungs.get(key.arm, ())
-        if at_rung and math.isfinite(evaluation.objective):
+        if evaluation.at_rung and math.isfinite(evaluation.objective):
             self._journal.record_rung(key, evaluation.step, evaluation.objective)
         self._write_decisions()  # after the rung: what a kill leaves out is decided again from the rungs
         self._progress.evaluated(key, evaluation)
         if evaluation.outcome is not None:
             self._finish(key, evaluation.outcome, {"message": evaluation.message})
-        elif at_rung or key.trial_id in self._scheduler.waiting:
+        elif evaluation.at_rung or key.trial_id in self._scheduler.waiting:
             self._settle(key, result)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -111,8 +111,17 @@ class Recorder(Callback):
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
             raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
+        key = self._key(trial)
+        self._scheduler.gave_up(key.trial_id)
         self._write_decisions()
-        self._finish(self._key(trial), Reason.CRASHED, {"message": lines[-1][:500]})
+        self._count_crash(key)
+        self._finish(key, reason_of(error), {"message": lines[-1][:500]})
+
+    def _count_crash(self, key: TrialKey) -> None:
+        """Take in what a trial had done when it crashed, in this start of the study and in earlier ones."""
+        run, name = self._progress.run, key.trial_id
+        last = self._last.get(name) or last_evaluation(run, name) or Evaluation.without_steps(attempts=1)
+        self._last[name] = with_losses(last, checkpoint_folder(run, name))
 
     def _write_decisions(self) -> None:
         for decision in self._scheduler.new_decisions():
@@ -171,5 +180,9 @@ def _detail(decision: Decision) -> dict[str, Any]:
 
 def _ledger(last: Evaluation | None) -> dict[str, float]:
     if last is None:
-        return {"steps": 0, "wall_s": 0.0, "device_s": 0.0, "attempts": 1}
-    return {"steps": last.step, "wall_s": last.wall_s, "device_s": last.device_s, "attempts": last.attempts}
+        last = Evaluation.without_steps(attempts=1)
+    return {
+        **asdict(last.spent + replace(last.lost, steps=0)),
+        "lost_steps": last.lost.steps,
+        "attempts": last.attempts,
+    }

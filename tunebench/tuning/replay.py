@@ -19,10 +19,10 @@ from tunebench.study.errors import RunError
 from tunebench.study.false_stops import clopper_pearson, false_stops
 from tunebench.study.journal import read_trials
 from tunebench.study.objective import selected_readout
-from tunebench.study.plan import ArmPlan, plan_arms, rung_steps
+from tunebench.study.plan import ArmPlan, legs, plan_arms, rung_steps
 from tunebench.study.record import CURVES, Metric, Reason, Split, Stage, TrialRecord
 from tunebench.study.resolve import load_run
-from tunebench.study.spec import Asha, AshaForm, AshaOrder, Objective
+from tunebench.study.spec import Asha, AshaForm, AshaOrder, Fidelity, Objective
 from tunebench.tuning.ladder import Fate, Ladder
 
 Curve = Mapping[int, float]
@@ -44,7 +44,12 @@ class Replayed:
 
 
 def replay(
-    curves: Mapping[str, Curve], asha: Asha, rungs: tuple[int, ...], draw: np.random.Generator, fewest: int = 1
+    curves: Mapping[str, Curve],
+    asha: Asha,
+    rungs: tuple[int, ...],
+    draw: np.random.Generator,
+    fewest: int = 1,
+    fidelity: Fidelity = Fidelity.TRUNCATE,
 ) -> Replayed:
     """Let trials with known curves pass the rungs, arriving in random order as devices of any speed would let them.
 
@@ -54,6 +59,7 @@ def replay(
         rungs: ascending steps below the horizon.
         draw: source of the arrivals.
         fewest: trials that a rung lets go on at least.
+        fidelity: TRUNCATE or RESCALE; under the latter who goes on starts anew, and pays for that.
     """
     ladder = Ladder(asha, rungs, curves, fewest=fewest)
     passed = dict.fromkeys(sorted(curves), 0)
@@ -63,9 +69,9 @@ def replay(
             rung = rungs[passed[name]]
             ladder.arrive(name, rung, curves[name][rung])
         passed[name] += 1
-    stops = [*rungs, max(max(curve) for curve in curves.values())]
+    paid = legs(rungs, max(max(curve) for curve in curves.values()), fidelity)
     survivors = frozenset(name for name, index in passed.items() if index > len(rungs))
-    return Replayed(survivors=survivors, steps=sum(stops[index - 1] for index in passed.values()))
+    return Replayed(survivors=survivors, steps=sum(sum(paid[:index]) for index in passed.values()))
 
 
 def _may_move(ladder: Ladder, name: str, index: int) -> bool:
@@ -99,8 +105,11 @@ def replay_run(run: Path, changes: Mapping[str, Any], arrivals: int, seed: int) 
         curves = _complete_curves(run, arm, of_arm, rungs, resolved.study.objective)
         if len(curves) >= _FEWEST and rungs:
             draw = np.random.default_rng(seed)
-            runs = [replay(curves, asha, rungs, draw, resolved.study.confirm.top_k) for _ in range(arrivals)]
-            rows.append({"arm": arm.name, "rungs": list(rungs), **_losses(curves, runs)})
+            fewest = resolved.study.confirm.top_k
+            runs = [replay(curves, asha, rungs, draw, fewest, arm.fidelity) for _ in range(arrivals)]
+            rows.append(
+                {"arm": arm.name, "rungs": list(rungs), "fidelity": arm.fidelity.value, **_losses(curves, runs)}
+            )
     if not rows:
         raise RunError(
             f"{run}: found no arm with {_FEWEST} sentinels, or trials of a run without stopping, that reached the "
@@ -140,10 +149,18 @@ def _complete_curves(
     curves = {}
     for record in records:
         if record.reason is Reason.FINISHED and (record.sentinel or not stopped):
-            curve = objective_curve(run, record.key.trial_id, objective)
+            curve = _curve(run, arm, record, objective)
             if {*rungs, arm.workload.max_steps} <= curve.keys():
                 curves[record.key.trial_id] = curve
     return curves
+
+
+def _curve(run: Path, arm: ArmPlan, record: TrialRecord, objective: Objective) -> Curve:
+    """What the rungs compare: errors along one schedule, or those at the ends of complete ones."""
+    if arm.fidelity is Fidelity.TRUNCATE:
+        return objective_curve(run, record.key.trial_id, objective)
+    ends = {} if record.value is None else {arm.workload.max_steps: record.value}
+    return {**record.rungs, **ends}
 
 
 def objective_curve(run: Path, trial: str, objective: Objective) -> Curve:

@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunebench.study.control import Wish, ask, asked
+from tunebench.study.difference import differences
 from tunebench.study.errors import Interrupted, RunError, RunStopped
+from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.journal import read_trials
-from tunebench.study.record import JOURNAL, STUDY_HASH
-from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.record import JOURNAL, STUDY, STUDY_HASH
+from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.spec import StudyError
 from tunebench.workloads.data import PreparedData
 
 LOCK = ".lock"
 _ENOUGH_BYTES = 200 * 2**20
-_FULL_BYTES = 20 * 2**20
+_TOLD = 3  # differences of two studies
 
 
 def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
@@ -57,7 +60,7 @@ def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
 
 def disk_is_full(run: Path, message: str) -> bool:
     """Whether an error comes from a full disk: by its message, or because there is no room for a checkpoint."""
-    return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < _FULL_BYTES
+    return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < KEPT_FREE_BYTES
 
 
 def check_data(run: Path, data: Mapping[str, PreparedData]) -> None:
@@ -94,11 +97,24 @@ def _check_wish(run: Path) -> None:
         ask(run, Wish.RESUME)
 
 
+def _told_apart(resolved: ResolvedStudy, run: Path) -> str:
+    """In words, where the study of a run says otherwise than another one."""
+    try:
+        found = differences(resolve(run / STUDY), resolved)
+    except (RunError, StudyError) as error:
+        return f"its study cannot be read: {error}"
+    more = f", and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    return f"they differ in {'; '.join(found[:_TOLD])}{more}"
+
+
 def _check_study(resolved: ResolvedStudy, run: Path) -> None:
     if (run / STUDY_HASH).exists():
         found = (run / STUDY_HASH).read_text(encoding="utf-8", errors="replace").strip()
         if found != resolved.hash:
-            raise RunError(f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder")
+            raise RunError(
+                f"{run}: holds study {found[:8]}, allowed: study {resolved.hash[:8]} or an empty folder; "
+                f"{_told_apart(resolved, run)}"
+            )
     elif (run / JOURNAL).exists():
         raise RunError(f"{run}: holds a journal but no {STUDY_HASH}, allowed: a run directory or an empty folder")
     else:

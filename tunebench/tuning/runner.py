@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
+from tunebench.study.edges import widenings
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.extension import extend, extended
@@ -26,6 +27,8 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
+from tunebench.tuning.arm_boards import ArmBoards
+from tunebench.tuning.device_budget import Searched, afforded
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
@@ -68,21 +71,36 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    refuse_unfair(resolved)
+    begun = (options.run / JOURNAL).exists()
+    if not begun:  # later its ranges may be wider than fair ones are at the start
+        refuse_unfair(resolved)
     with held_run(resolved, options.run):
         if options.extend:
-            if not (options.run / JOURNAL).exists():
-                raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
-            extend(resolved, options.run, options.extend)
+            _extend(resolved, options, console)
         resolved = extended(resolved, options.run)
         data = prepare_workloads(resolved, console)
-        if not (options.run / JOURNAL).exists():
+        if not begun:
             check_arms(resolved, data)
         run = _Run(resolved, options, data, console)
         with leaving_ray():
             run.tune()
             run.confirm()
     return read_trials(options.run)
+
+
+def _extend(resolved: ResolvedStudy, options: RunOptions, console: Console) -> None:
+    """Give every arm more configurations, and wider ranges to those whose best lies at an edge."""
+    if not (options.run / JOURNAL).exists():
+        raise RunError(f"{options.run}: found no {JOURNAL}, allowed: --extend for a run that has begun")
+    found = widenings(extended(resolved, options.run), read_trials(options.run))
+    for each in found:
+        console.print(
+            f"{each.optimizer}: its best {each.parameter} lies at the edge of its range, which now goes from "
+            f"{each.low:g} to {each.high:g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    extend(resolved, options.run, options.extend, found)
 
 
 class _Run:
@@ -101,6 +119,7 @@ class _Run:
         }
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
+        self._boards = ArmBoards(options.run, self._arms, console)
         changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
         for line in changed:
             console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
@@ -147,12 +166,36 @@ class _Run:
             )
             for workload in self._study.workloads
         }
+        searched = {
+            arm.name: [configuration(arm.space, point) for point in points[arm.workload.name][: arm.trials]]
+            for arm in self._arms
+        }
+        afforded = self._afforded(searched)
         for index in range(count):
             for arm in self._arms:
-                if index >= arm.trials:
-                    continue
-                params = configuration(arm.space, points[arm.workload.name][index])
-                self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
+                if index < afforded[arm.name]:
+                    point = points[arm.workload.name][index]
+                    own = {name: point[name] for name in arm.space.parameters}
+                    self._plan(arm, arm.key(Stage.TUNE, index, 0), searched[arm.name][index], own)
+
+    def _afforded(self, searched: Searched) -> dict[str, int]:
+        """Configurations of each arm that its device-seconds pay for."""
+        # an extension draws anew; who was a sentinel before stays one
+        before = [record.key for record in read_trials(self._options.run) if record.sentinel]
+        drawn = {
+            workload: indices | {key.config_index for key in before if key.workload == workload}
+            for workload, indices in self._sentinels.items()
+        }
+        return afforded(
+            self._resolved,
+            self._data,
+            searched,
+            drawn,
+            self._arms,
+            self._options.run,
+            self._journal,
+            lambda line: self._console.print(line, highlight=False, soft_wrap=True, markup=False),
+        )
 
     def _plan_tpe(self, number: int) -> None:
         records = read_trials(self._options.run)
@@ -166,14 +209,24 @@ class _Run:
             for index, params in zip(planned, tpe_configurations(arm.space, earlier, len(planned), seed), strict=True):
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
-    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any]) -> None:
+    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any], point: dict[str, float] | None = None) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
         data_hash = self._data[arm.workload.name].hash
         sentinel = key.stage is Stage.TUNE and key.config_index in self._sentinels[arm.workload.name]
-        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel)
+        self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel, point=point)
 
     def _run_stage(self, stage: Stage) -> None:
+        self._boards.show()
+        try:
+            self._run_open_trials(stage)
+        finally:
+            self._boards.show()
+        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
+        if left:
+            raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
+
+    def _run_open_trials(self, stage: Stage) -> None:
         records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
         tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
         if tasks:
@@ -192,12 +245,10 @@ class _Run:
                 self._engines,
                 self._pool,
                 self._journal,
+                self._boards,
                 self._options,
                 self._console,
             )
-        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
-        if left:
-            raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
 
     def _choose_engines(self, workloads: set[str]) -> None:
         """Decide once per start what trains each workload, and say where it is not what was asked for."""

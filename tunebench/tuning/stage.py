@@ -21,6 +21,7 @@ from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Engine, Resources
+from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
@@ -49,6 +50,7 @@ def run_stage(
     engines: Mapping[str, EngineChoice],
     pool: PoolClient,
     journal: JournalWriter,
+    boards: ArmBoards,
     options: RunOptions,
     console: Console,
 ) -> None:
@@ -81,7 +83,6 @@ def run_stage(
         journal,
         scheduler,
         keys,
-        rungs,
         retention(study.keep_checkpoints),
         progress,
         names,
@@ -94,7 +95,8 @@ def run_stage(
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
-        _fit(trainable, [*tenants, *alone], queue, scheduler, recorder, options.run, stage, study.resources)
+        trials, callbacks = [*tenants, *alone], [recorder, Watching(boards)]
+        fit(trainable, trials, queue, scheduler, callbacks, options.run, stage, study.resources)
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
@@ -103,12 +105,12 @@ def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
     return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
 
 
-def _fit(
+def fit(
     trainable: Any,
     trials: list[str],
     queue: TrialQueue,
     scheduler: PerArmAsha,
-    recorder: Recorder,
+    callbacks: list[tune.Callback],
     run: Path,
     stage: Stage,
     resources: Resources,
@@ -129,11 +131,25 @@ def _fit(
             name=stage.value,
             storage_path=str(storage),
             verbose=0,
-            callbacks=[recorder],
+            callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
         ),
     ).fit()
     shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
+
+
+class Watching(tune.Callback):
+    """Shows the arms of a stage while Tune works on it."""
+
+    def __init__(self, boards: ArmBoards) -> None:
+        self._boards = boards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, and a resumed run makes its own
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Show what is new, where it is time to."""
+        self._boards.show_when_due()
 
 
 class _Orders:

@@ -37,10 +37,14 @@ def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask], pool:
 
 
 def _train_alone(task: TrialTask) -> None:
-    from tunebench.engine.lightning import run_trial  # imports torch and NequIP in the trial's process only
+    from tunebench.engine.book import REPEATABLE, crashed  # imports torch and NequIP in the trial's process only
+    from tunebench.engine.lightning import run_trial
 
-    with log_to(trial_log(task.run, task.key.trial_id)):
-        run_trial(task, _report)
+    try:
+        with log_to(trial_log(task.run, task.key.trial_id)):
+            run_trial(task, _report)
+    except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
+        _report(crashed(task, error))
 
 
 def _report(evaluation: Evaluation) -> None:

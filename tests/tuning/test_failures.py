@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from tests.engine.conftest import MakeTask, make_task
+from tunebench.study.record import Reason
+from tunebench.tuning import trainable
+from tunebench.tuning.failures import node_is_gone, reason_of
+from tunebench.tuning.trial_log import trial_log
+
+__all__ = ["make_task"]
+
+NODE_GONE = RayActorError(
+    error_msg="The actor died unexpectedly.\n\tclass_name: A\nThe actor died because its node has died."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RayTaskError("train", "Traceback", RuntimeError("cuBLAS failed")), Reason.CRASHED),
+        (RayActorError(error_msg="The actor is dead because its worker process has died."), Reason.CRASHED),
+        (None, Reason.CRASHED),
+        (OutOfMemoryError("Task was killed due to the node running low on memory."), Reason.OOM),
+        ("Task was killed due to the node running low on memory.", Reason.OOM),
+        (RayTaskError("train", "Traceback", MemoryError()), Reason.OOM),
+        (NODE_GONE, Reason.PREEMPTED),
+        (str(NODE_GONE), Reason.PREEMPTED),
+        (RayActorError(preempted=True), Reason.PREEMPTED),
+    ],
+)
+def test_a_crash_a_lack_of_memory_and_a_lost_node_are_told_apart(error: object, reason: Reason) -> None:
+    assert reason_of(error) is reason
+    assert node_is_gone(error) is (reason is Reason.PREEMPTED)
+
+
+def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(trainable.tune, "report", reports.append)
+    task = make_task()
+    trainable._train_alone(replace(task, hyperparameters={}))
+    (report,) = reports
+    assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
+    assert "Traceback" in trial_log(task.run, task.key.trial_id).read_text()
+
+
+def test_an_error_that_may_pass_is_left_to_tune_which_starts_the_trial_again(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("tunebench.engine.lightning.run_trial", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        trainable._train_alone(make_task())

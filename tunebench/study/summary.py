@@ -1,0 +1,91 @@
+"""The plan of a study in numbers: trials, rungs, steps and, where steps were measured, device-seconds of every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunebench.study.budget import affordable, cap_of
+from tunebench.study.plan import ArmPlan, plan_arms, survivors, tune_steps
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.sentinels import sentinel_configurations
+from tunebench.study.spec import Sampler
+
+
+def plan_summary(
+    resolved: ResolvedStudy,
+    step_seconds: Mapping[str, float] | None = None,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
+
+    Args:
+        resolved: the study.
+        step_seconds: measured seconds of one training step by arm name, alone on its device.
+        engines: ``{engine, slots, reason}`` by workload name, where it is known.
+    """
+    rows = [
+        _row(resolved, arm, (step_seconds or {}).get(arm.name)) | _engine(engines or {}, arm)
+        for arm in plan_arms(resolved)
+    ]
+    costs = ("expected_tune_device_s", "expected_confirm_device_s", "expected_device_s")
+    return {
+        "study": resolved.study.name,
+        "hash": resolved.hash,
+        "ranked": resolved.study.tune.sampler is Sampler.SOBOL,
+        "arms": rows,
+        "trials": sum(row["trials"] + row["confirm_trials"] for row in rows),
+        **{cost: _sum_known(row[cost] for row in rows) for cost in costs},
+    }
+
+
+def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dict[str, Any]:
+    """One arm; under a cap it has as many trials as that pays for if all of them take the measured step."""
+    study, horizon = resolved.study, planned.workload.max_steps
+    arm = _within_cap(resolved, planned, step_s)
+    tune = study.tune.model_copy(update={"trials_per_arm": arm.trials})
+    fewest = min(study.confirm.top_k, arm.trials)
+    confirm_trials = fewest * study.confirm.seeds
+    steps = {
+        "tune": tune_steps(tune, arm.rungs, horizon, fewest, arm.fidelity),
+        "confirm": confirm_trials * horizon,
+    }
+    return {
+        "arm": arm.name,
+        "trials": arm.trials,
+        "trials_without_cap": planned.trials,
+        "cap_device_s": cap_of(planned, study.tune),
+        "confirm_trials": confirm_trials,
+        "horizon_steps": horizon,
+        "rungs": list(arm.rungs),
+        "fidelity": arm.fidelity.value if arm.rungs else None,
+        "expected_survivors": survivors(tune, arm.rungs, fewest),
+        "parameters": sorted(arm.space.parameters),
+        "expected_tune_steps": steps["tune"],
+        "expected_confirm_steps": steps["confirm"],
+        "step_s": step_s,
+        "expected_tune_device_s": None if step_s is None else step_s * steps["tune"],
+        "expected_confirm_device_s": None if step_s is None else step_s * steps["confirm"],
+        "expected_device_s": None if step_s is None else step_s * sum(steps.values()),
+    }
+
+
+def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None) -> ArmPlan:
+    tune, cap = resolved.study.tune, cap_of(arm, resolved.study.tune)
+    if cap is None or step_s is None:
+        return arm
+    sentinels = sentinel_configurations(tune.asha, tune.trials_per_arm, resolved.study.seed, arm.workload.name)
+    times = [step_s] * arm.trials
+    return replace(arm, trials=affordable(arm, tune.asha, times, sentinels, resolved.study.confirm.top_k, cap))
+
+
+def _engine(engines: Mapping[str, Mapping[str, Any]], arm: ArmPlan) -> dict[str, Any]:
+    found = engines.get(arm.workload.name, {})
+    return {"engine": found.get("engine"), "slots": found.get("slots")}
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    """The sum, or None where a value is not known."""
+    listed = list(values)
+    return None if None in listed else sum(value for value in listed if value is not None)

@@ -1,0 +1,28 @@
+"""Why Tune lost a trial, told by the error it keeps: a crash of its own, lack of memory, or a node that went away."""
+
+from __future__ import annotations
+
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from tunebench.study.record import Reason
+
+# Ray 2.60 says so in the text of the error alone, which is also what comes back through Tune's files.
+_LOW_MEMORY = "node running low on memory"
+_NODE_GONE = "its node has died"
+
+
+def reason_of(error: object) -> Reason:
+    """OOM, PREEMPTED or CRASHED.
+
+    Args:
+        error: Tune's error, its text, or None where the process died without one.
+    """
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, OutOfMemoryError | MemoryError) or _LOW_MEMORY in str(cause):
+        return Reason.OOM
+    return Reason.PREEMPTED if node_is_gone(cause) else Reason.CRASHED
+
+
+def node_is_gone(error: object) -> bool:
+    """Whether a process died with its node, which says nothing of what it did."""
+    return (isinstance(error, RayActorError) and error.preempted) or _NODE_GONE in str(error)
