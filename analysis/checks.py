@@ -195,10 +195,10 @@ def _other_weights(run: Run, workload: str) -> Iterator[str]:
 def _unequal_budget(run: Run, workload: str) -> Iterator[str]:
     shares = {name: arm_ledger(run, workload, name, Stage.TUNE) for name in run.rivals}
     cap = run.study.tune.device_seconds_per_arm
-    for name, share in shares.items():
-        wanted = run.study.trials_of(name)
-        if cap is not None and 0 < share.trials < wanted:
-            yield f"{cap:.0f} device-seconds paid for {share.trials} of {wanted} configurations of {name}"
+    for name in shares:
+        paid, wanted = run.planned(workload, name), run.study.trials_of(name)
+        if cap is not None and paid < wanted:
+            yield f"{cap:.0f} device-seconds paid for {paid} of {wanted} configurations of {name}"
     calibrated = [share.calibrated_s for share in shares.values() if share.calibrated_s is not None]
     seconds = {"calibrated device-seconds": calibrated}
     if len(calibrated) < len(shares):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ class Choice:
 
 
 def choose(workload: WorkloadRanking, optimizer: str | None = None) -> Choice | None:
-    """The winner; in a tie the cheapest of the tied arms; else the leading arm.
+    """The winner; in a tie the cheapest of the tied arms, where steps were timed alone; else the leading arm.
 
     Args:
         workload: its ranking.
@@ -52,9 +51,7 @@ def _best(workload: WorkloadRanking, usable: dict[str, ArmResult]) -> tuple[str 
         return decision.winner, f"{decision.winner} wins on {workload.workload}"
     tied = [name for name in decision.tied if name in usable]
     if tied:
-        cost = {point.optimizer: point.device_s for point in workload.pareto}
-        cheapest = min(tied, key=lambda name: cost.get(name, math.inf))
-        return cheapest, f"tie of {listed(decision.tied)}; {cheapest} is the cheapest of them"
+        return _of_tied(workload, tied)
     if decision.verdict is Verdict.EXPLORATORY:
         objective = {name: value for name, arm in usable.items() if (value := arm.validation_objective) is not None}
         best = min(objective, key=lambda name: objective[name], default=None)
@@ -63,6 +60,16 @@ def _best(workload: WorkloadRanking, usable: dict[str, ArmResult]) -> tuple[str 
     unbeaten = _unbeaten(workload, leading)
     not_shown = f"not shown to be better than {listed(unbeaten)}" if unbeaten else "not shown to be the best"
     return leading, f"unresolved: {leading} leads on {workload.workload}, but is {not_shown}"
+
+
+def _of_tied(workload: WorkloadRanking, tied: Sequence[str]) -> tuple[str, str]:
+    """The cheapest of tied arms; a slot's share of a cohort's steps says nothing of what an optimizer costs."""
+    tie = f"tie of {listed(workload.decision.tied)}"
+    cost = {point.optimizer: point.device_s for point in workload.pareto if point.alone}
+    if not all(name in cost for name in tied):
+        return tied[0], f"{tie}; {tied[0]} leads, and which is the cheapest is not known: steps were not timed alone"
+    cheapest = min(tied, key=lambda name: cost[name])
+    return cheapest, f"{tie}; {cheapest} is the cheapest of them"
 
 
 def _unbeaten(workload: WorkloadRanking, leading: str | None) -> Sequence[str]:

@@ -116,7 +116,7 @@ def _join(workload: str, tables: Sequence[ConfirmTable]) -> tuple[JoinedWorkload
         decision=decision,
         comparisons=comparisons,
         arms=tuple(_arm(contender, sources[contender.optimizer][0].source) for contender in ordered),
-        pareto=pareto_front({label: _iqm(contenders[label]) for label in costs}, costs, calibrated=False),
+        pareto=pareto_front({label: _iqm(contenders[label]) for label in costs}, costs, calibrated=False, alone=False),
         notes=_notes(workload, tables),
     )
     return found, contenders

@@ -17,7 +17,7 @@ def missing_work(run: Run, workload: str) -> tuple[str, ...]:
 def _missing_of_arm(run: Run, workload: str, optimizer: str) -> list[str]:
     arm = f"{workload}/{optimizer}"
     tune = run.arm(workload, optimizer, Stage.TUNE)
-    planned = run.study.trials_of(optimizer)
+    planned = run.planned(workload, optimizer)
     lines = []
     ended = sum(trial.reason is not None for trial in tune)
     if ended < planned:
@@ -32,26 +32,27 @@ def _missing_of_arm(run: Run, workload: str, optimizer: str) -> list[str]:
 def expected_confirm_trials(run: Run, workload: str, optimizer: str) -> int:
     """Confirm trials that the study owes an arm; none when the tune stage left no configuration to confirm.
 
-    Until the tune stage has ended this is what the study file promises.
+    Until the tune stage has ended this is what the study promises.
     """
     seeds, top_k = run.study.confirm.seeds, run.study.confirm.top_k
     planned = len(confirm_candidates(run, workload, optimizer))
     tune = run.arm(workload, optimizer, Stage.TUNE)
-    if not tune_has_ended(run, optimizer, tune):
-        return seeds * max(min(top_k, run.study.trials_of(optimizer)), planned)
+    if not tune_has_ended(run, workload, optimizer, tune):
+        return seeds * max(min(top_k, run.planned(workload, optimizer)), planned)
     return seeds * max(min(top_k, sum(map(can_be_confirmed, tune))), planned)
 
 
-def tune_has_ended(run: Run, optimizer: str, tune: Sequence[TrialRecord]) -> bool:
+def tune_has_ended(run: Run, workload: str, optimizer: str, tune: Sequence[TrialRecord]) -> bool:
     """Whether every planned tune trial of an arm has ended."""
-    return len(tune) >= run.study.trials_of(optimizer) and all(trial.reason is not None for trial in tune)
+    return len(tune) >= run.planned(workload, optimizer) and all(trial.reason is not None for trial in tune)
 
 
 def left_no_candidate(run: Run, workload: str, optimizer: str) -> bool:
     """Whether an arm's tune stage ended without one configuration that could be confirmed."""
     tune = run.arm(workload, optimizer, Stage.TUNE)
-    nothing = not any(map(can_be_confirmed, tune))
-    return tune_has_ended(run, optimizer, tune) and nothing and not run.arm(workload, optimizer, Stage.CONFIRM)
+    if any(map(can_be_confirmed, tune)) or run.arm(workload, optimizer, Stage.CONFIRM):
+        return False
+    return tune_has_ended(run, workload, optimizer, tune)
 
 
 def can_be_confirmed(trial: TrialRecord) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from tunebench.study.errors import RunError
 from tunebench.study.extension import Ranges, read_extension
-from tunebench.study.journal import read_trials
+from tunebench.study.journal import read_afforded, read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
 from tunebench.study.spec import Study
@@ -32,6 +32,8 @@ class Run:
         path: the run directory.
         resolved: study, search spaces and schedules as they were frozen.
         trials: journal order; unfinished trials have no reason yet.
+        afforded: where a cap on device-seconds limits the search, by arm and number of configurations wanted, how many
+            are paid for.
         curves: one row per measurement, columns `CURVE_COLUMNS`; a step measured twice, after a restart, counts once.
         environment: `environment.json`, empty when absent.
         calibration: `calibration.json`, None when absent or damaged.
@@ -41,6 +43,7 @@ class Run:
     path: Path
     resolved: ResolvedStudy
     trials: tuple[TrialRecord, ...]
+    afforded: dict[str, dict[int, int]]
     curves: pd.DataFrame
     environment: dict[str, Any]
     calibration: Calibration | None
@@ -70,6 +73,11 @@ class Run:
     def rivals(self) -> tuple[str, ...]:
         """Optimizers that are ranked: all but arms beside them, untuned ones and audits with a larger budget."""
         return tuple(arm.name for arm in self.study.optimizers if not arm.untuned and arm.budget == 1)
+
+    def planned(self, workload: str, optimizer: str) -> int:
+        """Configurations that the tune stage gives to an arm: what the study says, or what its device-seconds pay."""
+        wanted = self.study.trials_of(optimizer)
+        return self.afforded.get(f"{workload}/{optimizer}", {}).get(wanted, wanted)
 
     def rule_of(self, optimizer: str) -> str:
         """The update rule of an arm, whose name may be another; a name that is no arm's stands for itself."""
@@ -116,6 +124,7 @@ def load(path: Path) -> Run:
         path=path,
         resolved=resolved,
         trials=trials,
+        afforded={} if resolved.study.tune.device_seconds_per_arm is None else read_afforded(path),
         curves=curves,
         environment=environment,
         calibration=calibration,

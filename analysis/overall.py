@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from analysis.workload_tests import (
     probability_of_improvement,
     wilcoxon,
 )
+
+Answer = tuple[Verdict, tuple[str, ...], str]
+"""A verdict, the optimizers it names and its sentence."""
 
 LEVEL = 0.05
 PRACTICALLY_ALIKE = 0.95
@@ -57,7 +61,8 @@ class OverallComparison:
         wilcoxon_p, holm_p: exact signed-rank p, raw and adjusted over the comparisons; ``None`` below six workloads.
         bayes: Bayesian signed rank with a region of one mean seed standard deviation, ``rope`` as a log ratio.
         improvement: probability that a run of the first beats one of the second on a workload picked at random.
-        workloads_to_resolve: workloads that would show this ratio with 80 % power; ``None`` where none would.
+        workloads_to_resolve: workloads that would show this ratio with 80 % power; ``None`` where a thousand would not,
+            and with one workload, which says nothing of how workloads differ.
     """
 
     first: str
@@ -101,7 +106,7 @@ def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int, draws: int
     the lead by geometric mean. With fewer no test can reach 5 %, so a winner must win on each workload, and the
     sentence says that nothing is claimed beyond them. A tie needs a Bayesian probability of practical equivalence above
     95 %, or a tie of the same optimizers on each workload. Unfinished workloads and failed checks leave it unresolved,
-    as does an adaptive search.
+    as does an adaptive search. A single workload's own verdict is that of the study.
 
     Args:
         workloads: at least one.
@@ -113,27 +118,32 @@ def decide_overall(workloads: Sequence[WorkloadErrors], *, seed: int, draws: int
     if exploratory or len(names) < 2:
         verdict = Verdict.EXPLORATORY if exploratory else Verdict.UNRESOLVED
         sentence = "Exploratory: nothing is ranked." if exploratory else "Unresolved: nothing to compare."
-        return _overall(verdict, sentence, workloads, {}, (), ())
+        return _overall(workloads, (verdict, (), sentence))
     table = _logs({name: np.array([w.errors[name] for w in workloads], dtype=np.float64) for name in names})
     order = _order(table)
     comparisons = _compare(workloads, table, order, seed, draws)
     ratios = {name: _geometric(table[name] - table[order[0]]) for name in order}
     left_out = leave_one_out(table, _order)
-    verdict, tied, sentence = _decide(workloads, comparisons, order)
-    return _overall(verdict, sentence, workloads, ratios, comparisons, left_out, tied)
+    unbeaten = [c for c in comparisons if c.holm_p is None or c.holm_p > LEVEL or c.ratio >= 1.0]
+    answer = _decide(workloads, comparisons, unbeaten, order[0])
+    return _overall(workloads, answer, ratios, comparisons, unbeaten, left_out)
 
 
 def _decide(
-    workloads: Sequence[WorkloadErrors], comparisons: Sequence[OverallComparison], order: Sequence[str]
-) -> tuple[Verdict, tuple[str, ...], str]:
-    number_of, first = len(workloads), order[0]
-    lead = f"Lowest geometric-mean error over {number_of} workload{'s' if number_of != 1 else ''}: {first}."
+    workloads: Sequence[WorkloadErrors],
+    comparisons: Sequence[OverallComparison],
+    unbeaten: Sequence[OverallComparison],
+    first: str,
+) -> Answer:
+    number_of = len(workloads)
+    if number_of == 1:
+        return _decide_as(workloads[0].decision)
+    lead = f"Lowest geometric-mean error over {number_of} workloads: {first}."
     barred = [workload.workload for workload in workloads if workload.decision.barred]
     if barred:
         return Verdict.UNRESOLVED, (), f"Unresolved: no verdict is allowed on {listed(barred)}. {lead}"
     if number_of < MINIMUM_WORKLOADS:
         return _decide_by_each(workloads, first, lead)
-    unbeaten = [c for c in comparisons if c.holm_p is None or c.holm_p > LEVEL or c.ratio >= 1.0]
     if not unbeaten:
         closest = max(comparisons, key=lambda comparison: comparison.ratio)
         evidence = f"Wilcoxon-Holm p at most {number(max(c.holm_p or 0.0 for c in comparisons), 2)}"
@@ -147,7 +157,13 @@ def _decide(
     return Verdict.UNRESOLVED, (), sentence
 
 
-def _decide_by_each(workloads: Sequence[WorkloadErrors], first: str, lead: str) -> tuple[Verdict, tuple[str, ...], str]:
+def _decide_as(decision: Decision) -> Answer:
+    """The answer of a study's only workload."""
+    tied = decision.tied if decision.winner is None else (decision.winner,)
+    return decision.verdict, tied, f"{decision.sentence} With one workload nothing is claimed beyond it.".strip()
+
+
+def _decide_by_each(workloads: Sequence[WorkloadErrors], first: str, lead: str) -> Answer:
     """Below six workloads no test over workloads can reach 5 %: all of them must say the same."""
     beyond = f"With fewer than {MINIMUM_WORKLOADS} workloads nothing is claimed beyond them."
     winners = {workload.decision.winner for workload in workloads}
@@ -156,6 +172,8 @@ def _decide_by_each(workloads: Sequence[WorkloadErrors], first: str, lead: str) 
     ties = {frozenset(workload.decision.tied) for workload in workloads}
     if len(ties) == 1 and (tied := tuple(sorted(*ties))):
         return Verdict.TIE, tied, f"Tie of {listed(tied)} on each of {len(workloads)} workloads. {beyond}"
+    if {workload.decision.verdict for workload in workloads} == {Verdict.UNRESOLVED}:
+        return Verdict.UNRESOLVED, (), f"Unresolved on each of {len(workloads)} workloads. {lead} {beyond}"
     found = "; ".join(f"{w.workload}: {w.decision.winner or w.decision.verdict.value}" for w in workloads)
     return Verdict.UNRESOLVED, (), f"Unresolved: the workloads do not all say the same ({found}). {lead} {beyond}"
 
@@ -235,32 +253,35 @@ def _wanted(differences: Floats) -> int | None:
 
 
 def _overall(
-    verdict: Verdict,
-    sentence: str,
     workloads: Sequence[WorkloadErrors],
-    ratios: dict[str, float],
-    comparisons: tuple[OverallComparison, ...],
-    left_out: tuple[LeftOut, ...],
-    tied: tuple[str, ...] = (),
+    answer: Answer,
+    ratios: Mapping[str, float] = MappingProxyType({}),
+    comparisons: tuple[OverallComparison, ...] = (),
+    unbeaten: Sequence[OverallComparison] = (),
+    left_out: tuple[LeftOut, ...] = (),
 ) -> Overall:
+    verdict, tied, sentence = answer
+    have = len(workloads)
+    open_question = verdict is Verdict.UNRESOLVED and have > 1
     winner = tied[0] if verdict is Verdict.WINNER else None
     return Overall(
         verdict=verdict,
         winner=winner,
         tied=tied if verdict is Verdict.TIE else (),
         sentence=sentence,
-        resolve=tuple(map(_remedy, comparisons)) if verdict is Verdict.UNRESOLVED else (),
-        n_workloads=len(workloads),
-        ratios=ratios,
+        resolve=tuple(_remedy(comparison, have) for comparison in unbeaten) if open_question else (),
+        n_workloads=have,
+        ratios=dict(ratios),
         comparisons=comparisons,
         left_out=left_out,
         stable=not any(one.swapped for one in left_out),
     )
 
 
-def _remedy(comparison: OverallComparison) -> str:
+def _remedy(comparison: OverallComparison, have: int) -> str:
+    """What would separate two optimizers that so many workloads, at least two, do not separate."""
     pair = f"{comparison.first} and {comparison.second}"
     if comparison.workloads_to_resolve is None:
         return f"{pair}: as far as these workloads can tell, 1000 would not resolve a ratio like this one."
-    wanted = max(comparison.workloads_to_resolve, MINIMUM_WORKLOADS)
-    return f"{pair}: about {wanted} workloads would show a general difference of this size (80 % power)."
+    wanted = max(comparison.workloads_to_resolve, MINIMUM_WORKLOADS, have + 1)
+    return f"{pair}: about {wanted} workloads would show a general difference of this size (80 % power; {have} so far)."

@@ -15,7 +15,10 @@ class ParetoPoint:
     """One arm: its error (eV/Å, lower is better) and the device-seconds of one full training run.
 
     Attributes:
-        calibrated: device-seconds are solo step time times steps; else they are what confirm trials really spent.
+        calibrated: device-seconds are solo step time times steps; else they are what confirm trials really spent on
+            steps up to the horizon.
+        alone: those are seconds of steps made alone, which tell optimizers apart; a slot's share of a cohort's step
+            does not.
         on_front: no other arm is at least as good in both and better in one.
         dominated_by: arms that are.
     """
@@ -24,19 +27,21 @@ class ParetoPoint:
     error: float
     device_s: float
     calibrated: bool
+    alone: bool
     on_front: bool
     dominated_by: tuple[str, ...]
 
 
 def pareto_front(
-    errors: Mapping[str, float], device_s: Mapping[str, float], calibrated: bool
+    errors: Mapping[str, float], device_s: Mapping[str, float], *, calibrated: bool, alone: bool
 ) -> tuple[ParetoPoint, ...]:
     """Points of all arms with a cost, cheapest first.
 
     Args:
         errors: error by optimizer, ``inf`` where it failed.
         device_s: device-seconds of a full run by optimizer.
-        calibrated: what those seconds are.
+        calibrated: whether those seconds are steps times solo step times.
+        alone: whether they are of steps made alone, not shares of a cohort's steps.
     """
     names = sorted((name for name in errors if name in device_s), key=lambda name: (device_s[name], errors[name], name))
     table = np.array([[errors[name], device_s[name]] for name in names], dtype=np.float64).reshape(len(names), 2)
@@ -47,6 +52,7 @@ def pareto_front(
             error=errors[name],
             device_s=device_s[name],
             calibrated=calibrated,
+            alone=alone,
             on_front=not dominates[:, place].any() and np.isfinite(errors[name]).item(),
             dominated_by=tuple(names[other] for other in np.flatnonzero(dominates[:, place])),
         )

@@ -19,16 +19,18 @@ from analysis.overall import Overall, decide_overall
 from analysis.pareto import ParetoPoint, pareto_front
 from analysis.reselection import Search
 from analysis.search_results import searches_of
+from analysis.selection import finished_trials
 from analysis.step_costs import TimeAxis, time_axis
 from analysis.targets import TargetScores, target_scores
 from analysis.verdict import Decision, decide
+from analysis.wording import counted
 from analysis.workload_errors import forces_by_seed, workload_errors
 from analysis.workload_tests import holm
-from tunebench.study.record import Metric, Reason, Split, Stage
+from tunebench.study.record import Metric, Split, TrialRecord
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,30 +146,33 @@ def _with_family_p(workloads: Sequence[WorkloadRanking]) -> tuple[WorkloadRankin
 
 def _budget(run: Run, workload: str) -> str:
     """What every arm was given, as part of a sentence."""
-    tune, confirm = run.study.tune, run.study.confirm
+    confirm, planned = run.study.confirm, sorted(run.planned(workload, name) for name in run.rivals)
     steps = next(found.max_steps for found in run.study.workloads if found.name == workload)
     return (
-        f"{_counted(tune.trials_per_arm, 'configuration')} per arm and {steps} steps, the best {confirm.top_k} with "
-        f"{_counted(confirm.seeds, 'seed')}"
+        f"{_configurations(planned)} per arm and {steps} steps, the best {confirm.top_k} with "
+        f"{counted(confirm.seeds, 'seed')}"
     )
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _configurations(planned: Sequence[int]) -> str:
+    """How many each arm was given, fewest first; a cap on device-seconds leaves costly arms fewer."""
+    several = planned and planned[0] < planned[-1]
+    least = f"{planned[0]} to " if several else ""
+    return f"{least}{counted(max(planned, default=0), 'configuration')}"
 
 
 def _pareto(run: Run, workload: str, arms: Sequence[ArmResult]) -> tuple[ParetoPoint, ...]:
     axis = time_axis(run, workload)
     errors = {arm.optimizer: s.iqm for arm in arms if (s := arm.summary(Split.TEST, Metric.FORCES_MAE)) is not None}
-    costs = {arm.optimizer: cost for arm in arms if (cost := _run_cost(run, workload, arm, axis)) is not None}
-    return pareto_front(errors, costs, axis.calibrated)
+    trials = {arm.optimizer: finished_trials(run, workload, arm.optimizer, arm.config_index) for arm in arms}
+    costs = {name: _run_cost(own, axis) for name, own in trials.items() if own}
+    alone = axis.are_of_one([trial for own in trials.values() for trial in own])
+    return pareto_front(errors, costs, calibrated=axis.calibrated, alone=alone)
 
 
-def _run_cost(run: Run, workload: str, arm: ArmResult, axis: TimeAxis) -> float | None:
-    """Median device-seconds of the finished seeds of an arm's best configuration."""
-    trials = run.arm(workload, arm.optimizer, Stage.CONFIRM)
-    own = [t for t in trials if t.key.config_index == arm.config_index and t.reason is Reason.FINISHED]
-    return float(np.median([axis.of_trial(trial) for trial in own])) if own else None
+def _run_cost(finished: Sequence[TrialRecord], axis: TimeAxis) -> float:
+    """Median device-seconds of one full run, from the finished seeds of an arm's best configuration."""
+    return float(np.median([axis.of_kept_steps(trial) for trial in finished]))
 
 
 def _ordered(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:

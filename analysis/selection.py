@@ -132,6 +132,12 @@ def confirm_candidates(run: Run, workload: str, optimizer: str) -> tuple[Candida
     return candidates(run.arm(workload, optimizer, Stage.CONFIRM), run.study.confirm.seeds)
 
 
+def finished_trials(run: Run, workload: str, optimizer: str, config_index: int | None) -> tuple[TrialRecord, ...]:
+    """Confirm trials of one configuration that reached the horizon; of no configuration there are none."""
+    trials = run.arm(workload, optimizer, Stage.CONFIRM)
+    return tuple(t for t in trials if t.key.config_index == config_index and t.reason is Reason.FINISHED)
+
+
 def _validation_of(trial: TrialRecord, objective: Objective) -> float:
     readout = chosen_readout(trial, objective)
     if trial.reason is not Reason.FINISHED or readout is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from analysis.load import Run
 from tunebench.study.record import TrialRecord
+from tunebench.study.spec import Engine
 from tunebench.study.step_times import CALIBRATION, LARGEST_SPREAD, UNSTEADY, StepTime, cost_settings
 
 TIMED_PACKAGES = ("tunebench", "torch", "nequip", "nequip-allegro", "e3nn")
@@ -63,6 +64,16 @@ class TimeAxis:
         """Seconds of all steps of a trial."""
         seconds = calibrated_s(self.run, trial) if self.calibrated else trial.ledger.get("device_s")
         return seconds or 0.0
+
+    def of_kept_steps(self, trial: TrialRecord) -> float:
+        """Seconds of a trial's steps without those that a kill or a crash took, which another run need not pay."""
+        steps = trial.ledger.get("steps", 0.0)
+        made = steps + trial.ledger.get("lost_steps", 0.0)
+        return self.of_trial(trial) * steps / made if made else 0.0
+
+    def are_of_one(self, trials: Sequence[TrialRecord]) -> bool:
+        """Whether these seconds tell trials apart: those of steps made alone, not shares of a cohort's steps."""
+        return self.calibrated or all(trial.engine == Engine.LIGHTNING for trial in trials)
 
 
 def time_axis(run: Run, workload: str) -> TimeAxis:

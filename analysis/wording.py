@@ -43,6 +43,11 @@ def percent(share: float | None) -> str:
     return NOT_AVAILABLE if share is None else f"{100.0 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, the noun in the plural unless there is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def listed(names: Iterable[str]) -> str:
     """Names with commas between them."""
     return ", ".join(names)

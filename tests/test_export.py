@@ -93,6 +93,38 @@ def test_partial_labels_are_masked_as_in_the_run(run: Path, capsys: pytest.Captu
     assert (frames["force_fraction"], frames["label_seed"]) == (0.2, named_seed(7, "labels", "confirm", 0))
 
 
+@pytest.fixture(scope="module")
+def raw_run(tmp_path_factory: pytest.TempPathFactory, tiny_ethanol: XtbData, prepared_ethanol: PreparedData) -> Path:
+    plan = Plan(
+        arms={"adamw": ARMS["adamw"], "schedule_free": (0.05,) * 5},
+        workloads=(FULL,),
+        readout="raw",
+        data=tiny_ethanol.model_dump(mode="json"),
+        data_hash=prepared_ethanol.hash,
+    )
+    return write_run(tmp_path_factory.mktemp("raw") / "run", plan)
+
+
+def test_a_trial_that_counts_by_its_raw_weights_is_exported_without_averaging(
+    raw_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = exported(capsys, str(raw_run), "--arm", "adamw")
+    module = yaml.safe_load(found["config"])["training_module"]
+    assert module["_target_"] == "nequip.train.NequIPLightningModule"
+    assert "ema_decay" not in module
+    assert "5 seeds, 0 failed, of raw weights." in found["config"]
+    assert "keeps raw weights, by which its trial counts" in found["config"]
+
+
+def test_raw_weights_of_a_schedule_free_optimizer_cannot_be_kept_and_the_comment_says_so(
+    raw_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = exported(capsys, str(raw_run), "--arm", "schedule_free")
+    assert yaml.safe_load(found["config"])["training_module"]["_target_"] == "nequip.train.ScheduleFreeLightningModule"
+    assert "# Its trial counts by raw weights, which NequIP cannot keep of a schedule-free optimizer" in found["config"]
+    assert "their test force MAE was 50.0 meV/Å" in found["config"]
+
+
 def test_a_file_is_written_where_one_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     assert run_command(["export", str(run), "--arm", f"{FULL}/adamw", "-o", str(file)]) == DONE

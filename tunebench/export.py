@@ -16,16 +16,19 @@ from nequip.data.datamodule import NequIPDataModule
 from nequip.utils.global_state import set_global_state
 from omegaconf import OmegaConf
 
+from analysis.arm_result import ArmResult
 from analysis.choice import Choice, choose
 from analysis.load import Run, load
+from analysis.nequip_text import kept_readout, repeated_trial
 from analysis.ranking import Ranking, WorkloadRanking, rank
+from analysis.selection import chosen_readout, finished_trials
 from analysis.wording import milli, milli_interval, params
 from tunebench.engine.nequip_config import plain_nequip_config
 from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.errors import RunError
 from tunebench.study.plan import plan_arms
 from tunebench.study.problems import one_of
-from tunebench.study.record import Metric, Reason, Split, Stage, TrialRecord
+from tunebench.study.record import Metric, Readout, Split, TrialRecord
 from tunebench.workloads.data import prepare
 from tunebench.workloads.errors import WorkloadError
 
@@ -74,8 +77,8 @@ def export(run_folder: Path, workload: str | None = None, arm: str | None = None
     if choice is None:
         found = f"no confirmed configuration of {optimizer or 'any arm'} that reached the horizon on {workload}"
         raise RunError(f"{run_folder}: found {found}, allowed: an arm with a finished confirm trial")
-    trial = _repeated(run, choice)
-    config = _config(_task(run, choice, trial))
+    trial = repeated_trial(run, choice)
+    config = _config(_task(run, choice, trial), kept_readout(run, trial))
     text = f"{_comment(run, ranking, of_workload, choice, trial)}{_yaml(config)}"
     accepted_by_nequip(text, f"{run_folder}: {choice.workload}/{choice.optimizer}")
     return Exported(choice=choice, seed_index=trial.key.seed_index, text=text)
@@ -142,13 +145,6 @@ def _asked(run: Run, workload: str | None, arm: str | None) -> tuple[str, str | 
     return workload, optimizer or None
 
 
-def _repeated(run: Run, choice: Choice) -> TrialRecord:
-    """The finished confirm trial of the choice with the lowest seed index."""
-    trials = run.arm(choice.workload, choice.optimizer, Stage.CONFIRM)
-    own = [t for t in trials if t.key.config_index == choice.config_index and t.reason is Reason.FINISHED]
-    return min(own, key=lambda trial: trial.key.seed_index)
-
-
 def _task(run: Run, choice: Choice, trial: TrialRecord) -> TrialTask:
     arm = next(arm for arm in plan_arms(run.resolved) if arm.name == trial.key.arm)
     try:
@@ -165,10 +161,10 @@ def _task(run: Run, choice: Choice, trial: TrialRecord) -> TrialTask:
     return trial_task(run.resolved, arm, data, trial.key, params=trial.params, seeds=trial.seeds, run=run.path)
 
 
-def _config(task: TrialTask) -> dict[str, Any]:
+def _config(task: TrialTask, readout: Readout) -> dict[str, Any]:
     """The trial's own config, with checkpoints, a progress bar and a test run at the end."""
     every = task.evaluation_steps[0]
-    config = plain_nequip_config(task, evaluate_every=every)
+    config = plain_nequip_config(task, evaluate_every=every, readout=readout)
     config["run"] = ["train", "test"]
     config["trainer"] |= {"enable_checkpointing": True, "enable_progress_bar": True, "callbacks": [_CHECKPOINTS]}
     return config
@@ -185,7 +181,8 @@ def _comment(run: Run, ranking: Ranking, workload: WorkloadRanking, choice: Choi
     lines = [
         f"{choice.why}.",
         workload.decision.sentence,
-        f"Test force MAE: {measured}{arm.n_seeds} seeds, {len(arm.failed_seeds)} failed.",
+        f"Test force MAE: {measured}{arm.n_seeds} seeds, {len(arm.failed_seeds)} failed, {_counted_by(run, choice)}.",
+        *_readout_lines(run, arm, trial),
         f"Study {ranking.study} ({ranking.study_hash[:12]}){'' if workload.finished else ', unfinished'}; "
         f"configuration {choice.config_index} of {choice.optimizer}: {params(choice.params) or 'defaults'}.",
         f"Seeds are those of confirm trial {trial.key.trial_id}. Data: {run.path.name}'s prepared files, by their path "
@@ -193,3 +190,30 @@ def _comment(run: Run, ranking: Ranking, workload: WorkloadRanking, choice: Choi
         "Run it in its folder: nequip-train -cp $PWD -cn NAME_OF_THIS_FILE",
     ]
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
+_WEIGHTS = {
+    Readout.RAW: "raw weights",
+    Readout.EMA: "averaged weights (EMA)",
+    Readout.SCHEDULE_FREE: "averaged weights (schedule-free)",
+}
+
+
+def _counted_by(run: Run, choice: Choice) -> str:
+    """The weights by which the seeds of a choice count; the study may leave each seed the better ones."""
+    own = finished_trials(run, choice.workload, choice.optimizer, choice.config_index)
+    found = sorted({Readout(readout) for t in own if (readout := chosen_readout(t, run.study.objective))})
+    return "of " + " or ".join(_WEIGHTS[readout] for readout in found) + (", seed by seed" if len(found) > 1 else "")
+
+
+def _readout_lines(run: Run, arm: ArmResult, trial: TrialRecord) -> list[str]:
+    """Which weights the config keeps; for a schedule-free optimizer that may not be those that count."""
+    kept = kept_readout(run, trial)
+    if chosen_readout(trial, run.study.objective) == kept:
+        return [f"This config measures and keeps {_WEIGHTS[kept]}, by which its trial counts."]
+    error = arm.summary(Split.TEST, Metric.FORCES_MAE, kept)
+    measured = "" if error is None else f"; their test force MAE was {milli(error.iqm)} meV/Å"
+    return [
+        f"Its trial counts by raw weights, which NequIP cannot keep of a schedule-free optimizer: this config measures "
+        f"and keeps {_WEIGHTS[kept]}{measured}."
+    ]

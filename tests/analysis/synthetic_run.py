@@ -27,6 +27,7 @@ VALIDATION_PER_TEST = 0.9
 RAW_PER_AVERAGED = 1.1
 OOD_PER_TEST = 2.0
 SECOND_CONFIGURATION = 1.3
+DEVICE_SECONDS = 60.0
 _DATA = {
     "source": "xtb",
     "system": "ethanol",
@@ -50,6 +51,8 @@ class Plan:
         settings: what the study says of an arm beside its name.
         waive: reasons by rule.
         sentinels: the first so many configurations of every arm are sentinels.
+        asha: whether the study stops trials early.
+        afforded: configurations by optimizer that a cap on device-seconds pays for, where that is not all of them.
         data: the study's data section, with `data_hash` where trials were measured on data that exist.
     """
 
@@ -66,6 +69,8 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     waive: Mapping[str, str] = field(default_factory=dict)
     sentinels: int = 0
+    asha: bool = True
+    afforded: Mapping[str, int] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=lambda: dict(_DATA))
     data_hash: str = ""
 
@@ -73,6 +78,8 @@ class Plan:
 def study_text(plan: Plan) -> str:
     """The study file of a plan."""
     seeds = max(len(values) for values in plan.arms.values())
+    cap = {"device_seconds_per_arm": DEVICE_SECONDS} if plan.afforded else {}
+    stopping = {} if plan.asha else {"asha": None}
     return yaml.safe_dump(
         {
             "name": "synthetic",
@@ -91,7 +98,7 @@ def study_text(plan: Plan) -> str:
             "optimizers": [{"name": name, **plan.settings.get(name, {})} for name in plan.arms],
             "waive": dict(plan.waive),
             "objective": {"readout": plan.readout},
-            "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler},
+            "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler} | cap | stopping,
             "confirm": {"top_k": plan.top_k, "seeds": seeds},
         }
     )
@@ -122,7 +129,10 @@ class _Writer:
         self.journal.add_arm(f"{workload}/{optimizer}", {})
         finite = [value for value in self.plan.arms[optimizer] if math.isfinite(value)]
         level = float(np.mean(finite)) if finite else 0.1
-        for config in range(self.plan.trials_per_arm * self.plan.settings.get(optimizer, {}).get("budget", 1)):
+        wanted = self.plan.trials_per_arm * self.plan.settings.get(optimizer, {}).get("budget", 1)
+        if self.plan.afforded:
+            self.journal.afford(f"{workload}/{optimizer}", wanted, self.plan.afforded.get(optimizer, wanted))
+        for config in range(self.plan.afforded.get(optimizer, wanted)):
             self._tune(
                 TrialKey(workload=workload, optimizer=optimizer, stage=Stage.TUNE, config_index=config, seed_index=0),
                 level,
@@ -137,9 +147,9 @@ class _Writer:
                 self._confirm(key, value * SECOND_CONFIGURATION**place)
 
     def _tune(self, key: TrialKey, level: float) -> None:
-        """Configuration 1 is the best; the last one diverges, the two before it are stopped at the rung."""
+        """Configuration 1 is the best; one of the last diverges, the two before it are stopped at the rung."""
         self._plan(key)
-        last = self.plan.trials_per_arm - 1
+        last = self.plan.afforded.get(key.optimizer, self.plan.trials_per_arm) - 1
         forces = level * (1.0 + 0.15 * abs(key.config_index - 1))
         if key.config_index == last or key.optimizer in self.plan.hopeless:
             self._fail(key, forces, Reason.DIVERGED)

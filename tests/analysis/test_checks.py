@@ -105,7 +105,8 @@ def test_a_cap_on_device_seconds_that_left_an_arm_fewer_configurations_is_told(s
     resolved = dataclasses.replace(sound.resolved, study=sound.study.model_copy(update={"tune": tune}))
     wanted = sound.study.tune.trials_per_arm
     kept = tuple(t for t in sound.trials if t.key.optimizer != "muon" or t.key.config_index < 3)
-    found = findings(dataclasses.replace(sound, resolved=resolved, trials=kept), Status.WARNING)
+    afforded = {"ethanol-nequip/muon": {wanted: 3}}
+    found = findings(dataclasses.replace(sound, resolved=resolved, trials=kept, afforded=afforded), Status.WARNING)
     assert f"90 device-seconds paid for 3 of {wanted} configurations of muon" in found
     assert not any("share of trials" in finding for finding in found)
 

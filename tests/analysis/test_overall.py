@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -65,6 +66,33 @@ def test_workloads_that_disagree_are_unresolved_and_named() -> None:
     found = decide_overall(rows, seed=1)
     assert found.verdict is Verdict.UNRESOLVED
     assert "a: soap; b: muon" in found.sentence
+
+
+def test_a_single_workload_answers_for_the_study_and_calls_for_no_others() -> None:
+    unresolved = dataclasses.replace(decision(), sentence="Unresolved: muon is not separated from soap.")
+    found = overall({"soap": 1.1, "muon": 1.0}, made=unresolved)
+    assert found.verdict is Verdict.UNRESOLVED
+    assert found.sentence == f"{unresolved.sentence} With one workload nothing is claimed beyond it."
+    assert found.resolve == ()
+    assert found.comparisons[0].workloads_to_resolve is None
+    tie = overall({"soap": 1.1, "muon": 1.0}, made=decision(Verdict.TIE, tied=("muon", "soap")))
+    assert (tie.verdict, tie.winner, tie.tied) == (Verdict.TIE, None, ("muon", "soap"))
+    assert overall(BETTER[0], made=decision(Verdict.WINNER, "soap")).winner == "soap"
+
+
+def test_workloads_without_an_answer_do_not_disagree() -> None:
+    found = overall(*BETTER[:3])
+    assert found.sentence.startswith("Unresolved on each of 3 workloads.")
+
+
+def test_advice_is_on_open_pairs_alone_and_asks_for_more_workloads_than_there_are() -> None:
+    changes = (0.05, 0.0, 0.06, 0.0, 0.0, 0.07, 0.05, 0.0)
+    found = overall(*[{"soap": 1.0, "sgd": 2.0, "muon": 1.0 + change} for change in changes])
+    (open_pair,) = [comparison for comparison in found.comparisons if comparison.second == "muon"]
+    assert open_pair.workloads_to_resolve is not None
+    (advice,) = found.resolve
+    assert advice.startswith(f"soap and muon: about {max(open_pair.workloads_to_resolve, 9)} workloads")
+    assert "8 so far" in advice
 
 
 def test_ties_of_the_same_optimizers_on_few_workloads_are_a_tie() -> None:
@@ -144,8 +172,9 @@ def test_pareto_front_by_hand() -> None:
         {"fast": 3.0, "slow": 1.0, "bad": 4.0, "same": 1.0, "broken": INF},
         {"fast": 1.0, "slow": 5.0, "bad": 2.0, "same": 5.0, "broken": 0.5},
         calibrated=True,
+        alone=True,
     )
     assert [point.optimizer for point in points] == ["broken", "fast", "bad", "same", "slow"]
     assert {point.optimizer for point in points if point.on_front} == {"fast", "slow", "same"}
     assert {point.optimizer: point.dominated_by for point in points}["bad"] == ("fast",)
-    assert pareto_front({"a": 1.0}, {}, calibrated=False) == ()
+    assert pareto_front({"a": 1.0}, {}, calibrated=False, alone=False) == ()

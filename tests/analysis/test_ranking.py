@@ -143,7 +143,7 @@ def test_cost_search_and_targets_of_the_plain_run(plain: Ranking) -> None:
     assert workload.family_p is not None
     assert workload.family_p < 0.05
     assert plain.overall.winner == "soap"
-    assert "nothing is claimed beyond them" in plain.overall.sentence
+    assert "nothing is claimed beyond it" in plain.overall.sentence
 
 
 def test_realised_shares_of_rules(plain: Ranking) -> None:
@@ -245,6 +245,16 @@ def test_unfinished_run_is_ranked_provisionally(tmp_path: Path) -> None:
     assert [result.rank for result in workload.arms] == [1, 2]
 
 
+def test_arm_that_its_device_seconds_left_fewer_configurations_can_win(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path / "run", Plan(arms={"adamw": ADAMW, "soap": SOAP}, top_k=2, afforded={"soap": 4})))
+    workload = only(rank(run))
+    assert (workload.missing, workload.decision.winner) == ((), "soap")
+    assert workload.decision.budget == "4 to 6 configurations per arm and 240 steps, the best 2 with 5 seeds"
+    last = run.arm("ethanol-nequip", "soap", Stage.TUNE)[-1]
+    without = dataclasses.replace(run, trials=tuple(trial for trial in run.trials if trial is not last))
+    assert only(rank(without)).missing == ("ethanol-nequip/soap: 3 of 4 tune trials have ended",)
+
+
 def test_single_seed_has_no_interval(tmp_path: Path) -> None:
     ranking = ranked(tmp_path, Plan(arms={"adamw": (0.03,), "soap": (0.02,)}))
     summary = arm(ranking, "soap").summary("test", Metric.FORCES_MAE)
@@ -268,7 +278,7 @@ def test_json_is_strict_and_spells_failures_out(tmp_path: Path) -> None:
     forces = next(
         e for e in soap["errors"] if (e["split"], e["readout"], e["metric"]) == ("test", "policy", "forces_mae")
     )
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert forces["values"] == {"0": 0.021, "1": "inf", "2": "inf", "3": 0.023, "4": "inf"}
     assert forces["iqm"] == "inf"
 

@@ -94,6 +94,24 @@ def test_a_trial_costs_its_steps_times_the_mean_step_of_its_own_refresh_period(t
     assert len(periods) > 2
 
 
+def test_a_full_run_costs_the_steps_to_the_horizon_and_not_those_lost_to_a_kill(
+    timed_run: Path, untimed_run: Path
+) -> None:
+    for run in (load(timed_run), load(untimed_run)):
+        killed = tuple(
+            replace(
+                trial,
+                ledger={**trial.ledger, "lost_steps": float(HORIZON), "device_s": 2.0 * trial.ledger["device_s"]},
+            )
+            if trial.key.stage is Stage.CONFIRM
+            else trial
+            for trial in run.trials
+        )
+        whole, cut = (rank(one).workloads[0].pareto for one in (run, replace(run, trials=killed)))
+        assert [point.device_s for point in cut] == pytest.approx([point.device_s for point in whole])
+        assert whole[0].device_s == pytest.approx(HORIZON * (PLAIN if whole[0].calibrated else 2 * PLAIN))
+
+
 def test_the_ledger_keeps_what_was_spent_beside_what_it_costs_alone(timed_run: Path) -> None:
     run = load(timed_run)
     ledger = arm_ledger(run, WORKLOAD, "adamw", Stage.CONFIRM)

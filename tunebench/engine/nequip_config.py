@@ -8,30 +8,35 @@ from nequip.utils import get_current_code_versions
 from nequip.utils.global_state import get_latest_global_state
 
 from tunebench.engine.task import TrialTask
+from tunebench.study.record import Readout
 from tunebench.study.spec import Workload
 from tunebench.study.training_sections import training_sections
 from tunebench.workloads.models import model_config
 from tunebench.workloads.statistics import training_statistics
 
 
-def training_module(task: TrialTask) -> dict[str, Any]:
+def training_module(task: TrialTask, readout: Readout | None = None) -> dict[str, Any]:
     """The `training_module` section: model, optimizer, schedule, loss and metrics of a trial.
 
-    Its `_target_` is NequIP's own module; the model's statistics come from the training split only.
+    Its `_target_` is NequIP's own module for `readout`, left out for the arm's averaged one; the model's statistics
+    come from the training split only.
     """
     workload = task.workload
     statistics = training_statistics(
         task.data, workload.model.r_max_angstrom, workload.labels.force_fraction, task.seeds.labels
     )
     sections = training_sections(
-        workload, task.optimizer, task.hyperparameters, task.schedule, task.averaged, horizon=task.horizon
+        workload, task.optimizer, task.hyperparameters, task.schedule, readout or task.averaged, horizon=task.horizon
     )
     model = model_config(workload.model, task.data.type_names, statistics, task.seeds.init)
     return {"_target_": sections.pop("_target_"), "model": model, **sections}
 
 
-def plain_nequip_config(task: TrialTask, evaluate_every: int) -> dict[str, Any]:
-    """A complete `nequip-train` config of a trial: same data, order, labels, weights, settings and horizon."""
+def plain_nequip_config(task: TrialTask, evaluate_every: int, readout: Readout | None = None) -> dict[str, Any]:
+    """A complete `nequip-train` config of a trial: same data, order, labels, weights, settings and horizon.
+
+    It measures and keeps the weights of `readout`, left out those of the arm's averaged one.
+    """
     workload = task.workload
     return {
         "run": ["train"],
@@ -50,7 +55,7 @@ def plain_nequip_config(task: TrialTask, evaluate_every: int) -> dict[str, Any]:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        "training_module": training_module(task),
+        "training_module": training_module(task, readout),
     }
 
 

@@ -53,6 +53,19 @@ def read_trials(run: Path) -> list[TrialRecord]:
         return trials
 
 
+def read_afforded(run: Path) -> dict[str, dict[int, int]]:
+    """What `JournalWriter.afford` has written: by arm and number of configurations wanted, how many are paid for.
+
+    Raises:
+        FileNotFoundError: the run has no journal.
+        RunError: the journal is damaged.
+    """
+    path = _journal_file(run)
+    with _reading(path):
+        studies = _storage(_backend(path)).get_all_studies()
+        return {study.study_name: _afforded(study.user_attrs) for study in studies}
+
+
 def read_passages(run: Path) -> list[tuple[str, int | None]]:
     """Every rung that a trial reached, as (trial id, step), and every end, as (trial id, None), in the order written.
 
@@ -111,14 +124,12 @@ class JournalWriter:
 
     def afforded(self, arm: str, wanted: int) -> int | None:
         """What `afford` has written; None before that."""
-        count: int | None = self._storage.get_study_user_attrs(self._studies[arm]).get(f"{_AFFORDED} {wanted}")
-        return count
+        return _afforded(self._storage.get_study_user_attrs(self._studies[arm])).get(wanted)
 
     def afforded_before(self, arm: str, wanted: int) -> list[int]:
         """What `afford` has written for smaller numbers of configurations, before the run was extended."""
-        written = self._storage.get_study_user_attrs(self._studies[arm])
-        numbers = (int(name.split()[1]) for name in written if name.startswith(f"{_AFFORDED} "))
-        return [written[f"{_AFFORDED} {number}"] for number in sorted(numbers) if number < wanted]
+        written = _afforded(self._storage.get_study_user_attrs(self._studies[arm]))
+        return [written[number] for number in sorted(written) if number < wanted]
 
     def plan(
         self,
@@ -272,6 +283,11 @@ def _storage(backend: JournalFileBackend) -> JournalStorage:
 
 def _backend(path: Path) -> JournalFileBackend:
     return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+
+
+def _afforded(arm: Mapping[str, Any]) -> dict[int, int]:
+    """Numbers of configurations that an arm's device-seconds pay for, by the number wanted."""
+    return {int(name.split()[1]): int(count) for name, count in arm.items() if name.startswith(f"{_AFFORDED} ")}
 
 
 def _late(trial_id: str, rung: int) -> str:

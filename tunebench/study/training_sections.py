@@ -17,6 +17,11 @@ _QUANTITIES: dict[str, Any] = {
     "forces": "forces",
     "stress": "stress",
 }
+_MODULES = {
+    Readout.RAW: "NequIPLightningModule",
+    Readout.EMA: "EMALightningModule",
+    Readout.SCHEDULE_FREE: "ScheduleFreeLightningModule",
+}
 _LABELLED_ERROR = "tunebench.engine.labelled.LabelledMeanSquaredError"
 
 
@@ -25,7 +30,7 @@ def training_sections(
     optimizer: str,
     hyper: Hyperparameters,
     schedule: Schedule,
-    averaged: Readout,
+    readout: Readout,
     *,
     horizon: int | None = None,
 ) -> dict[str, Any]:
@@ -36,19 +41,18 @@ def training_sections(
         optimizer: name of the update rule.
         hyper: its hyperparameters, searched and fixed.
         schedule: of the learning rate.
-        averaged: the averaged readout, EMA or SCHEDULE_FREE.
+        readout: the weights that NequIP measures and keeps; RAW is not for schedule-free optimizers, which NequIP's
+            plain module cannot read out.
         horizon: steps after which the schedule ends; left out, the workload's.
     """
-    free = averaged is Readout.SCHEDULE_FREE
-    kind = "ScheduleFreeLightningModule" if free else "EMALightningModule"
     return {
-        "_target_": f"nequip.train.{kind}",
+        "_target_": f"nequip.train.{_MODULES[readout]}",
         "optimizer": optimizer_config(optimizer, hyper),
         "lr_scheduler": lr_scheduler(schedule, horizon or workload.max_steps),
         "loss": loss_section(workload.loss, partial_forces=workload.labels.force_fraction < 1),
         "val_metrics": metrics_section(workload.loss),
         "test_metrics": metrics_section(workload.loss),
-        **({} if free else {"ema_decay": workload.ema_decay}),
+        **({"ema_decay": workload.ema_decay} if readout is Readout.EMA else {}),
     }
 
 
