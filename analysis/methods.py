@@ -24,7 +24,7 @@ _REFERENCES = (
     "J. W. Tukey, D. H. McLaughlin, Less vulnerable confidence and significance procedures for location based on a "
     "single sample, Sankhya A 25, 331 (1963).",
     "J. Dodge et al., Show your work: improved reporting of experimental results, EMNLP (2019), arXiv:1909.03004; "
-    "R. Tang et al., Showing your work doesn't always work, ACL (2020), arXiv:2004.13705.",
+    "R. Tang et al., Showing your work doesn't always work, ACL (2020).",
     "A. Benavoli, G. Corani, J. Demšar, M. Zaffalon, Time for a change: a tutorial for comparing multiple classifiers "
     "through Bayesian analysis, JMLR 18(77), 1 (2017).",
     "S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Stat. 6, 65 (1979).",

@@ -40,6 +40,7 @@ def config_text(run: Run, choice: Choice) -> str:
             {**choice.params, **space.fixed_values()},
             run.resolved.schedules[choice.optimizer],
             kept_readout(run, repeated_trial(run, choice)),
+            horizon=workload.max_steps,
         ),
     }
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=100)

@@ -60,7 +60,7 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (wording.number, wording.params, wording.percent, wording.quoted, wording.why)
+    filters = (wording.number, wording.params, wording.percent, wording.quoted)
     environment.filters.update({function.__name__: function for function in filters})
     ranks = mean_ranks(ranking)
     return environment.get_template("report.html.j2").render(

@@ -82,7 +82,8 @@ def _write_trial(
         board.add(last)
     board.close(last, Reason.FINISHED)
     ledger = {"steps": HORIZON, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
-    journal.finish(key, Reason.FINISHED, value=last and last.objective, detail={}, ledger=ledger, result={})
+    value = None if last is None else last.objective
+    journal.finish(key, Reason.FINISHED, value=value, detail={}, ledger=ledger, result={})
 
 
 def _evaluation(step: int, value: float) -> Evaluation:

@@ -48,6 +48,7 @@ from tunebench.tuning.samplers import configuration, sobol_points
 from tunebench.tuning.stage import Watching, fit
 
 HORIZON, EVALUATIONS, GRACE, FACTOR = 400, 20, 100, 3
+RUNGS = (GRACE, GRACE * FACTOR)
 OPTIMIZERS = ("adamw", "schedule_free", "muon", "soap", "lamb")
 _CPUS_PER_TRIAL = 0.25
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -109,7 +110,7 @@ def study_of(folder: Path, trials: int) -> ResolvedStudy:
         "optimizers": list(OPTIMIZERS),
         "tune": {
             "trials_per_arm": max(trials // (2 * len(OPTIMIZERS)), 3),
-            "asha": {"grace_steps": GRACE, "reduction_factor": FACTOR, "sentinels": 0},
+            "asha": {"grace_steps": GRACE, "reduction_factor": FACTOR, "sentinels": 0, "fidelity": "truncate"},
         },
         "resources": {"cpus_per_trial": 1},
     }
@@ -139,6 +140,8 @@ def evaluation(trial: str, step: int) -> Evaluation:
         learning_rate=0.01,
         attempts=1,
         groups=groups,
+        horizon=HORIZON,
+        at_rung=step in RUNGS,
         outcome=Reason.FINISHED if step == HORIZON else None,
     )
 
@@ -179,18 +182,19 @@ def ours(run: Path, trials: int) -> Cost:
     records = read_trials(run)
     keys = {record.key.trial_id: record.key for record in records}
     params = {record.key.trial_id: record.params for record in records}
-    rungs = {arm.name: arm.rungs for arm in arms}
     progress = Progress(run, Stage.TUNE, console)
     for record in records:
         progress.planned(record.key, None, None)
-    scheduler = PerArmAsha(arm_ladders(resolved.study.tune.asha, rungs, records, 1), keys.__getitem__)
+    scheduler = PerArmAsha(
+        arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1), keys.__getitem__
+    )
     queue = TrialQueue((), PoolClient(Resources(), run), None, lambda: scheduler.waiting)
 
     def close_board(key: TrialKey, last: Evaluation) -> None:
         TrialBoard(run, key, params[key.trial_id], last.step).close(last, Reason.STOPPED_ASHA)
 
     engines = dict.fromkeys(("first", "second"), "cohort")
-    recorder = Recorder(journal, scheduler, keys, rungs, lambda key: True, progress, engines, stopped=close_board)
+    recorder = Recorder(journal, scheduler, keys, lambda key: True, progress, engines, stopped=close_board)
     meter = Meter()
     callbacks = [recorder, Watching(ArmBoards(run, arms, console)), meter]
     with progress:

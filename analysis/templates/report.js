@@ -69,7 +69,7 @@
     const style = getComputedStyle(place);
     const width = place.clientWidth || 700;
     const layout = structuredClone(width < 620 ? chart.narrow : chart.wide);
-    const line = style.borderTopColor;
+    const line = printing ? "#d5d8dc" : style.borderTopColor;  // the event comes before the colours of paper
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis/.test(key)) {
         Object.assign(layout[key], { gridcolor: line, linecolor: line, showline: true, ticks: "", fixedrange: false });

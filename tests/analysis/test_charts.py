@@ -20,6 +20,7 @@ from analysis.load import Run, load
 from analysis.mean_ranks import mean_ranks
 from analysis.ranking import Ranking, WorkloadRanking, rank
 from analysis.verdict import Verdict
+from tests.analysis.contrast import contrast
 from tests.analysis.synthetic_run import Plan, write_run
 from tunebench.study.search_space import shipped_optimizers
 
@@ -199,18 +200,6 @@ def test_files_are_named_after_charts_alike_on_every_system(run: Run, ranking: R
     names = [chart.name for chart in run_charts(run, ranking).every]
     assert len(set(names)) == len(names)
     assert all(Path(name).name == name and re.fullmatch(r"[\w.-]+", name) for name in names)
-
-
-def contrast(first: str, second: str) -> float:
-    """After WCAG 2, from 1 to 21."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[place : place + 2], 16) / 255.0 for place in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_panels_of_a_row_share_one_title_of_the_vertical_axis_and_empty_places_stay_empty() -> None:

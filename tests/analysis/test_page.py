@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from analysis.report import write_report
+from tests.analysis.contrast import contrast, luminance
 from tests.analysis.synthetic_run import Plan, write_run
 
 READY = "html[data-plots=drawn][data-table=ready]"
@@ -169,18 +170,6 @@ def test_copy_takes_the_whole_config(chromium: Any, report: Path) -> None:
     found.context.close()
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance of ``rgb(...)``, after WCAG 2."""
-    parts = [float(part) / 255.0 for part in re.findall(r"[\d.]+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(first: str, second: str) -> float:
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
 def colours(page: Any) -> dict[str, str]:
     found: dict[str, str] = page.evaluate(
         """() => { const of = (part, name) => getComputedStyle(part)[name];
@@ -230,6 +219,8 @@ def test_print_opens_what_is_folded_and_fits_the_paper(chromium: Any, report: Pa
     assert luminance(colours(found.page)["page"]) > 0.9
     widths = found.page.eval_on_selector_all(".plot .main-svg", "plots => plots.map(plot => plot.clientWidth)")
     assert max(widths) <= 680
+    grid = found.page.evaluate("getComputedStyle(document.querySelector('.plot .ygrid, .plot .xgrid')).stroke")
+    assert luminance(grid) > 0.5
     assert found.page.is_hidden("nav")
     assert found.page.pdf().startswith(b"%PDF")
     found.context.close()

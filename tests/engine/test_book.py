@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.engine.conftest import MakeTask
+from tests.engine.conftest import MakeTask, Reports
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
+from tunebench.engine.cohort import Cohort
+from tunebench.engine.curves import set_aside_curve, write_curve
+from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import TrialTask
-from tunebench.study.record import CURVES, Reason
+from tunebench.engine.work import Note, Work
+from tunebench.study.record import CURVES, SHORTER_CURVES, Reason
 
 STEPS = (2, 4, 6, 8)
 
@@ -40,9 +45,11 @@ def written_steps(task: TrialTask) -> set[int]:
     return set(pd.read_parquet(task.run / CURVES / f"{task.key.trial_id}.parquet")["step"])
 
 
-def checkpoint_step(task: TrialTask) -> int:
-    """Step that a resumed trial goes on from."""
-    return TrialBook(task).last.step
+def checkpoint_of(task: TrialTask) -> int:
+    """Step of the checkpoint on the disk."""
+    kept = load_checkpoint(checkpoint_folder(task.run, task.key.trial_id))
+    assert kept is not None
+    return int(json.loads(kept["evaluation"])["step"])
 
 
 def test_the_first_evaluation_is_written_and_the_next_waits(task: TrialTask) -> None:
@@ -65,7 +72,7 @@ def test_a_trial_that_leaves_writes_what_it_measured_and_goes_on_from_its_checkp
     evaluate(book, 2, 4)
     book.close(None)
     assert written_steps(task) == {2, 4}
-    assert checkpoint_step(task) == 2
+    assert checkpoint_of(task) == 2
 
 
 def test_a_trial_that_diverges_between_two_evaluations_keeps_its_curve(task: TrialTask) -> None:
@@ -88,3 +95,35 @@ def test_everything_is_written_at_once_where_no_time_may_pass(task: TrialTask) -
     every = replace(task, written_every_s=0.0)
     assert evaluate(TrialBook(every), *STEPS) == list(STEPS)
     assert load_checkpoint(checkpoint_folder(Path(every.run), every.key.trial_id)) is not None
+
+
+def test_a_trial_that_is_paused_at_an_evaluation_goes_on_from_there_in_a_cohort(task: TrialTask) -> None:
+    cohort, name = Cohort(task, 1, compiled=False), task.key.trial_id
+    cohort.join(task)
+    for _ in range(2):
+        cohort.advance()
+        cohort.go_on(name)
+    assert checkpoint_of(task) == 2
+    cohort.leave(name)
+    assert checkpoint_of(task) == 4
+
+
+def test_a_trial_that_is_paused_at_an_evaluation_goes_on_from_there_alone(task: TrialTask) -> None:
+    with pytest.raises(SystemExit):
+        run_trial(task, Reports(stop_after=2))
+    assert checkpoint_of(task) == 4
+
+
+def test_the_curve_of_a_shorter_horizon_is_set_aside_once(tmp_path: Path) -> None:
+    (tmp_path / CURVES).mkdir()
+    for value in (0.5, 0.7):  # the second is of the longer horizon, whose first checkpoint was never written
+        write_curve(tmp_path, "trial", [("trial", 4, 0.0, 0.0, "val", "objective", "raw", value)])
+        set_aside_curve(tmp_path, "trial", 4)
+    assert pd.read_parquet(tmp_path / SHORTER_CURVES / "trial.h4.parquet")["value"].tolist() == [0.5]
+
+
+def test_a_note_that_is_older_than_the_checkpoint_counts_nothing_twice() -> None:
+    note = Note(horizon=200, done=Work(steps=100), lost=Work())
+    first = note.lost_after(200, Work(steps=4), Work())
+    assert first.steps == 96
+    assert note.lost_after(200, Work(steps=50), first).steps == 96

@@ -88,7 +88,7 @@ def test_both_engines_measure_the_same_at_every_horizon(trials: CrystalTrials) -
     assert_same_to_rounding(by_cohort(trials, one), by_lightning(other), 1e-10)
 
 
-@pytest.mark.parametrize("reports", [1, 2, 3, 4])
+@pytest.mark.parametrize("reports", [2, 3])  # at its rung, and in the middle of its second horizon
 def test_a_trial_that_is_killed_goes_on_at_the_horizon_it_was_at(trials: CrystalTrials, reports: int) -> None:
     """The first engine trains to so many reports, the other goes on from what lies on the disk."""
     task, other = (rescaled(trials.task(evaluation_steps=STEPS)) for _ in range(2))

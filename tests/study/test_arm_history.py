@@ -8,6 +8,7 @@ import pytest
 from tunebench.study.arm_history import ArmState, arm_history, rung_survivors, standings
 from tunebench.study.journal import JournalWriter, read_passages, read_trials
 from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.spec import Fidelity
 
 
 def key(index: int, optimizer: str = "muon", stage: Stage = Stage.TUNE, seed: int = 0) -> TrialKey:
@@ -68,6 +69,14 @@ def test_a_rung_that_a_resumed_trial_reaches_again_is_not_spent_twice(tmp_path: 
     journal.record_rung(key(0), 20, 0.4)
     journal.record_rung(key(0), 10, 0.3)
     assert arm_history(of_arm(tmp_path), read_passages(tmp_path))[-1] == state(20, 0, 0.0, 0.3)
+
+
+def test_a_rung_that_ends_a_schedule_of_its_own_costs_all_its_steps(tmp_path: Path, journal: JournalWriter) -> None:
+    journal.record_rung(key(0), 10, 0.5)
+    journal.record_rung(key(0), 20, 0.4)
+    end(journal, key(0), Reason.FINISHED, 0.3, steps=70)
+    history = arm_history(of_arm(tmp_path), read_passages(tmp_path), Fidelity.RESCALE)
+    assert [each.steps_spent for each in history] == [0, 10, 30, 70]
 
 
 def test_the_confirm_stage_is_no_part_of_the_search(tmp_path: Path, journal: JournalWriter) -> None:

@@ -67,20 +67,23 @@ def test_no_outcome_of_the_rungs_costs_more_than_was_paid_for(tmp_path: Path, fi
         assert spent <= 60.0 + 1e-9
 
 
-def test_an_extended_arm_pays_for_those_its_rungs_had_let_go_on_and_for_the_best_of_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trials", "before_extension", "fewest"), [(9, 5, 2), (18, 9, 1), (32, 18, 3)])
+def test_an_extended_arm_pays_for_those_its_rungs_had_let_go_on_and_for_the_best_of_all(
+    tmp_path: Path, trials: int, before_extension: int, fewest: int
+) -> None:
     study, draw = capped(tmp_path), np.random.default_rng(1)
     arm, asha = arm_of(study), study.study.tune.asha
     assert asha is not None
     for _ in range(100):
-        names, step_s = [f"t{index}" for index in range(9)], draw.uniform(0.1, 5.0, 9).tolist()
-        before, going = Ladder(asha, arm.rungs, names[:5], fewest=2), dict.fromkeys(names, 0)
-        after = Ladder(asha, arm.rungs, names, fewest=2)
-        for ladder, trials in ((before, names[:5]), (after, names)):
+        names, step_s = [f"t{index}" for index in range(trials)], draw.uniform(0.1, 5.0, trials).tolist()
+        old, going = names[:before_extension], dict.fromkeys(names, 0)
+        before, after = Ladder(asha, arm.rungs, old, fewest=fewest), Ladder(asha, arm.rungs, names, fewest=fewest)
+        for ladder, known in ((before, old), (after, names)):
             for rung in arm.rungs:
-                at_rung = [name for name in trials if going[name] == rung or (rung == 1 and not going[name])]
+                at_rung = [name for name in known if going[name] == rung or (rung == 1 and not going[name])]
                 made = [each for name in at_rung for each in ladder.arrive(name, rung, float(draw.random()))]
                 made += ladder.settle()
-                for name in trials:
+                for name in known:
                     decided = [each for each in made if each.trial == name and each.rung == rung]
                     if decided and decided[0].fate is Fate.GO_ON:
                         going[name] = {1: 3, 3: 9}[rung]
@@ -89,7 +92,7 @@ def test_an_extended_arm_pays_for_those_its_rungs_had_let_go_on_and_for_the_best
                         after.rebuild(each.trial, {rung: each.value}, [each.to_plain()], ended=False)
         legs = {0: 1, 3: 3, 9: 9}
         spent = sum(legs[end] * step_s[int(name[1:])] for name, end in going.items())
-        assert spent <= most_device_s(arm, asha, step_s, (), 2, decided=[5]) + 1e-9
+        assert spent <= most_device_s(arm, asha, step_s, (), fewest, decided=[before_extension]) + 1e-9
 
 
 def test_configurations_that_an_arm_has_stay_whatever_the_cap(tmp_path: Path) -> None:

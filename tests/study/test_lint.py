@@ -101,6 +101,12 @@ def test_a_broken_rule_is_named_with_its_mend(
     assert bool(found.mend) == (verdict is not PASS)
 
 
+def test_what_complete_short_schedules_cost_beside_truncated_ones_is_said(tmp_path: Path) -> None:
+    unlike = {"optimizers": ["adamw", {"name": "radam", "schedule": {"kind": "cosine"}}]}
+    assert "complete short schedules cost radam 1." in judged(tmp_path, **unlike)["F2"].reason
+    assert "short schedules" not in judged(tmp_path)["F2"].reason
+
+
 def test_a_study_that_fails_a_rule_is_refused_unless_it_waives_the_rule_with_a_reason(tmp_path: Path) -> None:
     few = {"confirm": {"top_k": 1, "seeds": 1}}
     with pytest.raises(

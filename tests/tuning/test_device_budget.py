@@ -52,7 +52,7 @@ def test_the_cap_pays_for_as_many_configurations_as_their_calibrated_steps_allow
     run = make()
     run.calibrate(adamw=1.0, schedule_free=4.0)
     assert run.afforded() == {ADAMW: 9, FREE: 8}
-    assert run.said == [f"{FREE}: 100 device-seconds pay for 8 of 9 configurations"]
+    assert run.said == [f"{FREE}: 100 device-seconds pay for 8 of 9 configurations, 0 of them sentinels"]
 
 
 def test_what_was_decided_stays_whatever_is_measured_later(make: Callable[..., Run]) -> None:

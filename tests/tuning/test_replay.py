@@ -145,7 +145,7 @@ class TestRecordedRun:
         journal = JournalWriter(run)
         draw = np.random.default_rng(0)
         for trial in read_trials(run):
-            if trial.key.stage is not Stage.TUNE:
+            if trial.key.stage is not Stage.TUNE or trial.key.config_index:
                 continue
             for index in range(10, 16):
                 key = replace(trial.key, config_index=index)
@@ -153,6 +153,8 @@ class TestRecordedRun:
                 values = {step: float(value) for step, value in zip((3, 6, 12), draw.random(3), strict=True)}
                 rows = [(key.trial_id, s, 0.0, 0.0, "val", "objective", "raw", v) for s, v in values.items()]
                 write_curve(run, key.trial_id, rows)
+                for step in (3, 6):
+                    journal.record_rung(key, step, values[step])
                 journal.finish(key, Reason.FINISHED, value=values[12], detail={}, ledger=LEDGER, result={})
         return run
 

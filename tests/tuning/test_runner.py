@@ -20,6 +20,8 @@ from tunebench.study.search_space import SearchSpace
 from tunebench.study.step_times import write_calibration
 from tunebench.tuning.runner import RunOptions, run_study
 
+SPENT = {"steps": 12, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
+
 Start = Callable[..., str]
 
 
@@ -52,7 +54,7 @@ def test_an_arm_whose_device_seconds_are_used_up_has_fewer_configurations_of_the
     # of three trials a rung at step 6 leaves one: 3 x 6 + 12 steps of 1 s, or, on one schedule, 3 x 6 + 6 of 2.5 s
     tune = {**STUDY["tune"], "asha": {"grace_steps": 6, "sentinels": 0}, "device_seconds_per_arm": 50.0}
     said = start(optimizers=["adamw", "schedule_free"], tune=tune)
-    assert "ethanol/schedule_free: 50 device-seconds pay for 2 of 3 configurations" in said
+    assert "ethanol/schedule_free: 50 device-seconds pay for 2 of 3 configurations, 0 of them sentinels" in said
     adamw, free = planned(tmp_path / "run"), planned(tmp_path / "run", "schedule_free")
     assert (len(adamw), len(free)) == (3, 2)
     for one, other in zip(adamw, free, strict=False):
@@ -66,7 +68,7 @@ def finish(run: Path, share: float) -> float:
     journal = JournalWriter(run)
     trials = sorted(planned(run), key=lambda t: (t.point["weight_decay"] > 0.8, abs(t.point["learning_rate"] - share)))
     for index, trial in enumerate(trials):
-        journal.finish(trial.key, Reason.FINISHED, value=1.0 + index, detail={}, ledger={"steps": 12}, result={})
+        journal.finish(trial.key, Reason.FINISHED, value=1.0 + index, detail={}, ledger=SPENT, result={})
     return float(trials[0].params["learning_rate"])
 
 

@@ -135,6 +135,11 @@ class TrialBook:
             save_checkpoint(self.folder, own | dict(saved))
         self._written_at = time.monotonic()
 
+    def keep(self, save: Callable[[], dict[str, Any]]) -> None:
+        """Write a checkpoint of the last evaluation, where it has none, of a trial that leaves at it."""
+        if self._unwritten:
+            self.write(save())
+
     @property
     def note_is_due(self) -> bool:
         """Whether the last note was made some seconds ago."""

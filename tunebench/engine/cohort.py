@@ -137,6 +137,7 @@ class Cohort:
         if self.free < 1 or name in self.trials or task.workload != self.workload:
             found = "no free slot" if self.free < 1 else f"{name} of {task.workload.name}"
             raise ValueError(f"join: found {found}, allowed: a free slot and a new trial of {self.workload.name}")
+        self._book_time()
         tenant = Tenant(task, self._shelf)
         if state is not None:
             tenant.state = state
@@ -145,8 +146,8 @@ class Cohort:
             return tenant.book.last
         if tenant.book.horizon_is_over:
             tenant = self._lengthened(tenant)
-        self._book_time()
         self._place(tenant)
+        self._since = self._now()  # nobody's training time
         return tenant.book.last if tenant.book.last.step else None
 
     def leave(self, name: str, reason: Reason | None = None) -> None:
@@ -157,10 +158,20 @@ class Cohort:
             reason: why it ended; None for one that will go on elsewhere.
         """
         parked = self._parked_trial(name)
-        if parked is not None:
-            self._parked.remove(parked)
-        tenant = parked.tenant if parked else self._vacate(name)
-        tenant.book.close(reason)
+        tenant = (parked or self._places[name]).tenant
+        try:
+            if reason is None and not parked:
+                self._keep(self._places[name])
+            tenant.book.close(reason)
+        finally:  # it has left, even where it could not be written
+            if parked:
+                self._parked.remove(parked)
+            else:
+                self._vacate(name)
+            self._fill_free_slot()
+
+    def _fill_free_slot(self) -> None:
+        """Let a trial in that memory kept out, first one that does not wait."""
         if self._parked and len(self._places) < self.slots:
             self._unpark(next((parked for parked in self._parked if not parked.waiting), self._parked[0]))
 
@@ -175,6 +186,7 @@ class Cohort:
             parked.tenant, parked.waiting = self._lengthened(tenant), False
         else:
             self._place(self._lengthened(self._vacate(name)))
+        self._since = self._now()  # building a trial is nobody's training time
 
     def advance(self) -> list[tuple[str, Evaluation]]:
         """Step until some trial has something to report; those trials wait for `go_on` or `leave`.
@@ -442,6 +454,15 @@ class Cohort:
         wait(writes)
         for write in writes:
             write.result()
+
+    def _keep(self, place: Place) -> None:
+        """Write down what a trial that is to go on elsewhere would lose."""
+        self._book_time()
+        tenant = place.tenant
+        if place.step == tenant.book.last.step:
+            tenant.book.keep(lambda: tenant.saved(self.state(tenant.name)))
+        else:
+            tenant.book.note(place.step)
 
     def _note(self, stepped: Sequence[Place]) -> None:
         """Let trials write down how far they have come, for what a kill may take."""

@@ -54,7 +54,7 @@ def write_curve(run: Path, trial_id: str, rows: list[tuple[object, ...]]) -> Non
 def set_aside_curve(run: Path, trial_id: str, horizon: int) -> None:
     """Keep the curve of a shorter horizon apart from that of the longer one which the trial begins."""
     path = run / CURVES / f"{trial_id}.parquet"
-    if path.exists():  # else an earlier attempt has done it, and was killed before it had measured anything
-        aside = run / SHORTER_CURVES / f"{trial_id}.h{horizon}.parquet"
+    aside = run / SHORTER_CURVES / f"{trial_id}.h{horizon}.parquet"
+    if path.exists() and not aside.exists():  # else an attempt that died before its checkpoint did
         aside.parent.mkdir(exist_ok=True)
         path.replace(aside)

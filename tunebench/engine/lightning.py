@@ -41,8 +41,8 @@ _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the loss waits for a GPU
 def run_trial(task: TrialTask, report: Report) -> Evaluation:
     """Train one trial to its end, or from its last checkpoint to its end, one horizon after the other.
 
-    Every evaluation is written (curve, TensorBoard, checkpoint) before it is reported; the last report carries the
-    outcome. `report` may stop the trial with `SystemExit`.
+    What is decided on is written (curve, TensorBoard, checkpoint) before it is reported; the last report carries the
+    outcome. `report` may stop the trial with `SystemExit`, which leaves a checkpoint.
 
     Returns:
         The last report.
@@ -58,11 +58,12 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
     trial = _Trial(task, report)
     reason: Reason | None = Reason.CRASHED
     try:
-        reason = trial.train()
-        while reason is None and (longer := trial.task.lengthened):
+        outcome = trial.train()
+        while outcome is None and (longer := trial.task.lengthened):
             trial.book.close(None)
             trial = _Trial(longer, report)
-            reason = trial.train()
+            outcome = trial.train()
+        reason = outcome
     except SystemExit:
         reason = None  # paused or stopped, which only the driver knows; it writes the end of a stopped trial
         raise
@@ -170,7 +171,11 @@ class _Trial(lightning.Callback):
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             save=lambda: self._state(trainer),
         )
-        self.report(last)
+        try:
+            self.report(last)
+        except SystemExit:
+            self.book.keep(lambda: self._state(trainer))
+            raise
         if last.outcome not in (None, Reason.FINISHED):
             raise _Ended
 

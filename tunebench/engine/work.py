@@ -69,7 +69,7 @@ class Note:
             done: work at that horizon up to the checkpoint.
             lost: what had been lost when it was written.
         """
-        if self.horizon < horizon:
+        if self.horizon < horizon or lost.steps > self.lost.steps:  # the note is older than the checkpoint
             return lost
         known = max(lost, self.lost, key=lambda work: work.steps)
         return known + self.done.beyond(done if self.horizon == horizon else Work())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunebench.study.record import Reason, Stage, TrialRecord
+from tunebench.study.spec import Fidelity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,17 @@ class ArmState:
     best_objective: float
 
 
-def arm_history(trials: Mapping[str, TrialRecord], passages: Iterable[tuple[str, int | None]]) -> list[ArmState]:
+def arm_history(
+    trials: Mapping[str, TrialRecord],
+    passages: Iterable[tuple[str, int | None]],
+    fidelity: Fidelity = Fidelity.TRUNCATE,
+) -> list[ArmState]:
     """States of an arm's search in the order of its journal, the first of them before anything happened.
 
     Args:
         trials: the arm's records by trial id; those of the confirm stage are left out.
         passages: what `read_passages` gives, of this arm or of all.
+        fidelity: of the arm; a rung that ends a complete schedule costs all its steps.
     """
     steps: dict[str, int] = {}
     spent = ended = 0
@@ -41,7 +47,11 @@ def arm_history(trials: Mapping[str, TrialRecord], passages: Iterable[tuple[str,
         trial = trials.get(name)
         if trial is None or trial.key.stage is not Stage.TUNE:
             continue
-        reached, objective = (rung, trial.rungs.get(rung)) if rung is not None else _end(trial)
+        if rung is None:
+            reached, objective = _end(trial)
+        else:
+            before = sum(step for step in trial.rungs if step < rung) if fidelity is Fidelity.RESCALE else 0
+            reached, objective = before + rung, trial.rungs.get(rung)
         spent += max(reached - steps.get(name, 0), 0)  # a rung is reached again after a crash
         steps[name] = max(reached, steps.get(name, 0))
         if rung is None:

@@ -7,6 +7,7 @@ of trials go on, and what an arm costs at most is known before the first step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 from tunebench.study.plan import ArmPlan, legs, promoted
@@ -41,11 +42,12 @@ def most_device_s(
     stretches = legs(arm.rungs, arm.workload.max_steps, arm.fidelity)
     spared = [seconds for index, seconds in enumerate(step_s) if index in sentinels]
     others = sorted((seconds for index, seconds in enumerate(step_s) if index not in sentinels), reverse=True)
-    competing, total = [len(step_s), *decided], stretches[0] * sum(step_s)
+    going, total = sorted({*decided, len(step_s)}), stretches[0] * sum(step_s)
     for steps in stretches[1:]:
         assert asha is not None
-        competing = [promoted(asha, count, fewest) for count in competing]
-        total += steps * (sum(spared) + sum(others[: sum(competing)]))
+        here = [promoted(asha, count, fewest) for count in going]
+        going = list(itertools.accumulate(here))  # whom an extension promotes, beside those who were before it
+        total += steps * (sum(spared) + sum(others[: going[-1]]))
     return total
 
 

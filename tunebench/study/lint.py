@@ -14,7 +14,7 @@ from enum import StrEnum
 from itertools import combinations
 from typing import Any
 
-from tunebench.study.plan import ArmPlan, plan_arms
+from tunebench.study.plan import ArmPlan, plan_arms, tune_steps
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import FloatParameter, Role
 from tunebench.study.sentinels import FEWEST, SMALLEST_SHARE, sentinel_count
@@ -99,11 +99,26 @@ def _equal_budget(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     trials = resolved.study.tune.trials_per_arm
     larger = [arm.name for arm in resolved.study.optimizers if arm.budget > 1]
     audits = f"; {', '.join(larger)} searches more, as an audit, and its rank does not count" if larger else ""
+    audits += _dearer_fidelity(resolved, arms)
     cap = resolved.study.tune.device_seconds_per_arm
     if cap is None:
         reason = f"{trials} configurations for every arm that competes, at whatever their steps cost{audits}"
         return _WARN, reason, "tune.device_seconds_per_arm"
     return _PASS, f"{trials} configurations and {cap:g} device-seconds for every arm that competes{audits}", ""
+
+
+def _dearer_fidelity(resolved: ResolvedStudy, arms: list[ArmPlan]) -> str:
+    """What arms with complete short schedules cost beside those with truncated ones, where a study has both."""
+    tune, fewest = resolved.study.tune, resolved.study.confirm.top_k
+    horizons = {
+        arm.fidelity: tune_steps(tune, arm.rungs, arm.workload.max_steps, fewest, arm.fidelity) / arm.workload.max_steps
+        for arm in arms
+    }
+    if len(horizons) < 2:
+        return ""
+    names = dict.fromkeys(arm.optimizer for arm in arms if arm.fidelity is Fidelity.RESCALE)
+    ratio = horizons[Fidelity.RESCALE] / horizons[Fidelity.TRUNCATE]
+    return f"; complete short schedules cost {', '.join(names)} {ratio:.1f} times the steps of the other arms"
 
 
 def _baselines(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
@@ -248,7 +263,8 @@ def _sentinels(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
         return _WARN, reason, f"tune.asha.sentinels: auto, with {FEWEST} trials per arm or more"
     if count == tune.trials_per_arm:
         return _WARN, f"all {count} trials of an arm are sentinels: nothing is stopped", "more trials_per_arm"
-    return _PASS, f"{count} of {tune.trials_per_arm} trials of every arm are never stopped", ""
+    capped = "; an arm that its cap cuts short has fewer" if tune.device_seconds_per_arm else ""
+    return _PASS, f"{count} of {tune.trials_per_arm} trials of every arm are never stopped{capped}", ""
 
 
 def _order(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:

@@ -91,7 +91,7 @@ def write_arm_boards(run: Path, arms: Sequence[ArmPlan]) -> None:
     for arm in arms:
         own = {trial.key.trial_id: trial for trial in trials if trial.key.arm == arm.name}
         with whole_events(run, run / TENSORBOARD / ARMS / f"{arm.workload.name}.{arm.optimizer}") as writer:
-            _add_history(writer, arm.workload.name, arm_history(own, passages))
+            _add_history(writer, arm.workload.name, arm_history(own, passages, arm.fidelity))
             survivors = rung_survivors(own.values(), arm.rungs, arm.workload.max_steps)
             _add_curve(writer, f"{arm.workload.name}/survivors_by_step", survivors)
     workloads = list(dict.fromkeys(arm.workload.name for arm in arms))

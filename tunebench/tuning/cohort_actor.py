@@ -123,11 +123,14 @@ class CohortActor:
         lodger = self._lodgers.get(name)
         if lodger is not None and lodger.visit != visit:
             return
-        was_in = await self._ordered(self._cohort.leave, name, None)
-        if lodger is not None:
-            self._dismiss(name, lodger)
-        if was_in:
-            await self._pool.left.remote(self._number, name, visit)
+        was_in = True  # also a trial that could not be written
+        try:
+            was_in = await self._ordered(self._cohort.leave, name, None)
+        finally:
+            if lodger is not None:
+                self._dismiss(name, lodger)
+            if was_in:
+                await self._pool.left.remote(self._number, name, visit)
 
     async def lives(self) -> None:
         """Never returns: who waits for it learns of the actor's death."""

@@ -199,11 +199,13 @@ class CohortLoop:
         if task is None:
             return False
         with log_to(trial_log(task.run, name)):
-            if name not in self._outside:
-                self._open_cohort.leave(name, reason)
-            elif reason is not None:
-                TrialBook(task).close(reason)
-        self._forget(name)
+            try:
+                if name not in self._outside:
+                    self._open_cohort.leave(name, reason)
+                elif reason is not None:
+                    TrialBook(task).close(reason)
+            finally:
+                self._forget(name)
         return True
 
     # --- the thread --------------------------------------------------------------------------------------------------

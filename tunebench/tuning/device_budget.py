@@ -61,7 +61,9 @@ def afforded(
         journal.afford(arm.name, arm.trials, count)
         if count < arm.trials:
             cap = cap_of(arm, resolved.study.tune)
-            say(f"{arm.name}: {cap:.0f} device-seconds pay for {count} of {arm.trials} configurations")
+            kept = sum(index < count for index in sentinels[arm.workload.name])
+            pays = f"pay for {count} of {arm.trials} configurations, {kept} of them sentinels"
+            say(f"{arm.name}: {cap:.0f} device-seconds {pays}")
     return {name: count for name, count in found.items() if count is not None}
 
 
