@@ -1,6 +1,6 @@
 """Pictures of a run's TensorBoard for the user guide, taken in a headless Chromium.
 
-python docs/screenshots.py runs/quickstart-16684f4d docs/figures
+python docs/screenshots.py runs/quickstart-5ecf7378 docs/figures
 """
 
 from __future__ import annotations
