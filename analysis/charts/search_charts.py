@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def best_of_n_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
             x=Axis(title="configurations", log=True, low=fewest, high=most, integer=True),
             y=Axis(title="expected best objective", log=True, low=low, high=high),
             marks=(
-                *(_behind(other, curve) for other, curve in curves.items() if other != name),
+                *(_stopped_never_improve(other, curve, _FAINT) for other, curve in curves.items() if other != name),
                 _all_trials(name, curves[name], look(name, run.optimizers)),
                 *_sentinels(name, search.sentinels_best_of_n, look(name, run.optimizers)),
             ),
@@ -133,11 +134,11 @@ def best_of_n_chart(run: Run, ranking: WorkloadRanking) -> Chart | None:
     )
 
 
-def _behind(name: str, curve: BestOfN) -> Mark:
+def _stopped_never_improve(name: str, curve: BestOfN, own: Look) -> Mark:
     return Mark(
         kind=Kind.LINE,
         label=name,
-        look=_FAINT,
+        look=own,
         x=np.array(curve.n, dtype=np.float64),
         y=np.array(curve.pessimistic, dtype=np.float64),
         key=False,
@@ -145,16 +146,8 @@ def _behind(name: str, curve: BestOfN) -> Mark:
 
 
 def _all_trials(name: str, curve: BestOfN, own: Look) -> Mark:
-    return Mark(
-        kind=Kind.LINE,
-        label=name,
-        look=own,
-        x=np.array(curve.n, dtype=np.float64),
-        y=np.array(curve.pessimistic, dtype=np.float64),
-        low=np.array(curve.low, dtype=np.float64),
-        high=np.array(curve.high, dtype=np.float64),
-        key=False,
-    )
+    low, high = (np.array(bound, dtype=np.float64) for bound in (curve.low, curve.high))
+    return replace(_stopped_never_improve(name, curve, own), low=low, high=high)
 
 
 def _sentinels(name: str, curve: BestOfN | None, own: Look) -> tuple[Mark, ...]:

@@ -91,7 +91,7 @@ class TrialBook:
     def is_due(self) -> bool:
         """Whether the last evaluation must be written now."""
         last, task = self.last, self.task
-        since = time.monotonic() - self._written_at
+        since = time.perf_counter() - self._written_at
         return last.outcome is not None or last.step in task.rungs or since >= task.written_every_s
 
     def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:
@@ -133,7 +133,7 @@ class TrialBook:
         if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
-        self._written_at = time.monotonic()
+        self._written_at = time.perf_counter()
 
     def keep(self, save: Callable[[], dict[str, Any]]) -> None:
         """Write a checkpoint of the last evaluation, where it has none, of a trial that leaves at it."""
