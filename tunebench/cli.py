@@ -552,7 +552,7 @@ def _curvature_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("step", "operator", "largest", "least", "trace", "condition", "spread, decades", "products", "s")
     for row in rows:
         wanted = (row[name] for name in ("largest", "least", "trace", "condition", "spread_decades"))
-        numbers = ["–" if value is None else f"{value:.3g}" for value in wanted]
+        numbers = ["" if value is None else f"{value:.3g}" for value in wanted]
         table.add_row(str(row["step"]), row["operator"], *numbers, str(row["products"]), f"{row['seconds']:.1f}")
     return table
 

@@ -131,7 +131,7 @@ def _preconditioned(
         found = preconditioner(replace(state, tensors=tensors, weights=weights))
     except ValueError as error:
         return None, {"missing": str(error)}
-    described = {"definition": found.definition, "parts": [asdict(part) for part in found.parts]}
+    described: dict[str, object] = {"definition": found.definition, "parts": [asdict(part) for part in found.parts]}
     return Preconditioned(hessian, hessian.coordinates, found), described
 
 

@@ -113,6 +113,10 @@ class FullBatch:
         assert total is not None
         return total, gradient
 
+    def loss(self) -> float:
+        """The loss at the model's weights."""
+        return sum(float(loss.detach()) for loss in self.chunk_losses())
+
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copy weights by name into the model, whatever their precision."""
