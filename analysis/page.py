@@ -22,6 +22,7 @@ from analysis.charts.run_charts import Charts
 from analysis.charts.search_charts import objective_label
 from analysis.checklist import checklist
 from analysis.comparison import Comparison
+from analysis.curvature import EXPLAINS, curvature_table, missing_preconditioners
 from analysis.figure_style import look
 from analysis.headline import cost, evidence, remedies, uses
 from analysis.ledger import ledgers, spread
@@ -74,6 +75,11 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         uses=uses(run, ranking),
         charts=drawn.by_workload,
         study_charts=drawn.of_study,
+        curvature=drawn.curvature,
+        curvature_charts=drawn.of_curvature,
+        curvature_table=curvature_table(drawn.curvature),
+        missing_preconditioners=missing_preconditioners(drawn.curvature),
+        explains=EXPLAINS,
         no_ranks=ranks if isinstance(ranks, str) else "",
         answers=[_answer(run, workload) for workload in ranking.workloads],
         checklist=checklist(run, ranking),

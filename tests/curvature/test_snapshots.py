@@ -11,7 +11,7 @@ import torch
 from tests.engine.test_cohort import CrystalTrials
 from tunebench.curvature.measure import measure_point
 from tunebench.curvature.preconditioners import preconditioner
-from tunebench.curvature.record import CurvatureRecord, CurvatureSettings, read_records, summary_rows, write_record
+from tunebench.curvature.record import CurvatureRecord, CurvatureSettings, read_record, record_files, summary_rows, write_record
 from tunebench.curvature.snapshots import checkpoint_snapshot, trained_snapshots
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import Evaluation, TrialTask
@@ -74,7 +74,7 @@ def test_a_point_holds_both_spectra_and_comes_back_from_its_file(finished: Trial
         points=(point,),
     )
     write_record(tmp_path, record)
-    (back,) = read_records(tmp_path)
+    (back,) = map(read_record, record_files(tmp_path))
     assert summary_rows(back) == summary_rows(record)
     assert [row["operator"] for row in summary_rows(back)] == ["H", "preconditioned H"]
     assert back.settings == SETTINGS
@@ -123,7 +123,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path, content: str) -> None
     (tmp_path / "curvature").mkdir()
     (tmp_path / "curvature" / "trial.json").write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"trial\.json: .*found"):
-        read_records(tmp_path)
+        read_record(tmp_path / "curvature" / "trial.json")
 
 
 @pytest.mark.parametrize(("name", "value"), [("probes", 0), ("trace_products", 2), ("seed", -1)])

@@ -162,16 +162,17 @@ def write_record(run: Path, record: CurvatureRecord) -> Path:
     return file
 
 
-def read_records(run: Path) -> list[CurvatureRecord]:
-    """All records of a run, in order of the trials' names; none where nothing was measured.
+def record_files(run: Path) -> list[Path]:
+    """Files with records of a run, in order of the trials' names; none where nothing was measured."""
+    return sorted((run / CURVATURE).glob("*.json"))
+
+
+def read_record(file: Path) -> CurvatureRecord:
+    """The record of one trial.
 
     Raises:
         RunError: a file that cannot be read, or of another version.
     """
-    return [_read(file) for file in sorted((run / CURVATURE).glob("*.json"))]
-
-
-def _read(file: Path) -> CurvatureRecord:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content.pop("schema_version")

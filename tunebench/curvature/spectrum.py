@@ -77,6 +77,21 @@ class Spectrum:
         ]
         return _over_runs(np.stack(bells))
 
+    def decades(self, sign: float, floor: float) -> Spectrum:
+        """The spectrum over log10 of |eigenvalue| relative to the largest one, of eigenvalues of one sign.
+
+        Weights of the other sign, and of what lies below `floor`, are left out, so they sum to less than 1.
+        """
+        largest = max(abs(self.largest.value), abs(self.least.value))
+        chosen = [sign * values > floor * largest for values in self.values]
+        runs = list(zip(chosen, self.values, self.weights, self.bounds, strict=True))
+        return Spectrum(
+            size=self.size,
+            values=tuple(np.log10(np.abs(v[c]) / largest) for c, v, _, _ in runs),
+            weights=tuple(w[c] for c, _, w, _ in runs),
+            bounds=tuple(b[c] for c, _, _, b in runs),
+        )
+
     @property
     def trace(self) -> tuple[float, float]:
         """Hutchinson's estimate from the runs' own start vectors, and its standard error."""

@@ -82,7 +82,7 @@ class FullBatch:
         if not frames or chunk_frames < 1:
             raise ValueError(f"full batch: found {len(frames)} frames in chunks of {chunk_frames}, allowed: at least 1")
         self.model, self.frames = model, len(frames)
-        self.parameters = trainable_parameters(model)
+        self.parameters: Mapping[str, torch.nn.Parameter] = trainable_parameters(model)
         (self._forward,) = model.values() if isinstance(model, torch.nn.ModuleDict) else (model,)
         device = next(iter(self.parameters.values())).device
         chunks = [frames[first : first + chunk_frames] for first in range(0, len(frames), chunk_frames)]

@@ -113,7 +113,10 @@ class Refined:
 class SmoothLoss(Protocol):
     """A deterministic loss of some parameters."""
 
-    parameters: Mapping[str, torch.nn.Parameter]
+    @property
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """By name."""
+        ...
 
     def loss_and_gradient(self) -> tuple[torch.Tensor, Tensors]:
         """The loss, zero-dimensional, and its gradient by name, at the parameters' values."""
@@ -268,7 +271,7 @@ class _Descent:
         """The loss after one line search; a search that found nothing below leaves the weights as they were."""
         start, before = _copied(self._loss), self._curve[-1][1]
         self._closure.broken = 0
-        self._optimizer.step(self._closure)
+        self._optimizer.step(self._closure)  # type: ignore[no-untyped-call]
         after = self._closure.value()
         if not after < before:
             self._loss.set_weights(start)
