@@ -31,6 +31,7 @@ from analysis.mean_ranks import mean_ranks
 from analysis.methods import methods
 from analysis.page_tables import Table, study_tables, workload_tables
 from analysis.ranking import Ranking, WorkloadRanking
+from analysis.refinement import refinement_table, refused
 from analysis.statistics import Interval
 from analysis.trial_table import trial_table
 from analysis.verdict import MINIMUM_SEEDS
@@ -125,12 +126,13 @@ def pack(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the page says first about a workload: columns of errors and one row per arm."""
+    """What the page says about a workload: columns of errors and one row per arm, further tables, notes below them."""
 
     ranking: WorkloadRanking
     columns: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
     tables: tuple[Table, ...]
+    notes: tuple[str, ...]
 
 
 def _answer(run: Run, workload: WorkloadRanking) -> Answer:
@@ -145,7 +147,10 @@ def _answer(run: Run, workload: WorkloadRanking) -> Answer:
         ranking=workload,
         columns=(*(f"{split} {_ERROR_WORDS[metric]}" for split, metric in cells), *compared),
         rows=tuple(_answer_row(run, arm, cells, differences) for arm in workload.arms),
-        tables=tuple(workload_tables(workload)),
+        tables=tuple(
+            table for table in (*workload_tables(workload), refinement_table(run, workload.workload)) if table.rows
+        ),
+        notes=tuple(refused(run, workload.workload)),
     )
 
 

@@ -11,7 +11,14 @@ import torch
 from tests.engine.test_cohort import CrystalTrials
 from tunebench.curvature.measure import measure_point
 from tunebench.curvature.preconditioners import preconditioner
-from tunebench.curvature.record import CurvatureRecord, CurvatureSettings, read_record, record_files, summary_rows, write_record
+from tunebench.curvature.record import (
+    CurvatureRecord,
+    CurvatureSettings,
+    read_record,
+    record_files,
+    summary_rows,
+    write_record,
+)
 from tunebench.curvature.snapshots import checkpoint_snapshot, trained_snapshots
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import Evaluation, TrialTask

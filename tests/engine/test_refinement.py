@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from tests.engine.conftest import MakeTask
+from tunebench.engine import refinement
+from tunebench.engine.checkpoints import REFINED, checkpoint_folder
+from tunebench.engine.cohort import Cohort
 from tunebench.engine.full_batch import full_batch, model_in
-from tunebench.engine.refinement import Minimised, Refinement, RefinementEnd, minimise, refine
+from tunebench.engine.lightning import run_trial
+from tunebench.engine.refinement import Minimised, RefinementEnd, minimise, refine
+from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.engine.tenant import ModuleShelf, Tenant
 from tunebench.optim.packing import Tensors
-from tunebench.study.record import Metric, Split, Stage
+from tunebench.study.record import Metric, Reason, Split, Stage
+from tunebench.study.spec import Refinement
+from tunebench.workloads.data import graphs_folder
 
 HOW = Refinement(steps=200, evaluate_every=1)
+SHORT = Refinement(steps=7, evaluate_every=5)
 
 
 class Problem:
@@ -125,14 +135,14 @@ def test_weights_of_the_last_iterations_are_validated_too() -> None:
     problem = Problem(rosenbrock, [-1.2, 1.0])
     found = lowered(
         problem,
-        replace(HOW, steps=7, evaluate_every=5),
+        SHORT,
         validation=lambda: float(rosenbrock(problem.parameters["x"]).detach()),
     )
     assert (found.end, found.kept_iteration) == (RefinementEnd.STEPS, 7)
     bad = Problem(rosenbrock, [-1.2, 1.0])
     found = lowered(
         bad,
-        replace(HOW, steps=7, evaluate_every=5),
+        SHORT,
         validation=lambda: -float(rosenbrock(bad.parameters["x"]).detach()),
     )
     assert (found.end, found.kept_iteration) == (RefinementEnd.VALIDATION, 0)
@@ -174,3 +184,59 @@ def test_it_runs_in_single_precision_too(make_task: MakeTask) -> None:
     assert losses[-1] < 0.9 * losses[0]
     assert {weight.dtype for weight in found.minimised.weights.values()} == {torch.float32}
     assert all(torch.equal(tenant.state.weights[name], before[name]) for name in before)
+
+
+def trained(task: TrialTask, engine: str) -> Evaluation:
+    """The last report of a trial."""
+    if engine == "lightning":
+        return run_trial(task, lambda report: None)
+    cohort = Cohort(task, 1, cache=graphs_folder(), compiled=False)
+    cohort.join(task)
+    while reports := cohort.advance():
+        ((name, last),) = reports
+        if last.outcome is None:
+            cohort.go_on(name)
+    return last
+
+
+@pytest.mark.parametrize(("engine", "optimizer"), [("lightning", "schedule_free"), ("cohort", "adamw")])
+def test_a_confirm_trial_is_refined_at_its_horizon_beside_the_plain_readouts(
+    make_task: MakeTask, engine: str, optimizer: str
+) -> None:
+    task = replace(make_task(optimizer, stage=Stage.CONFIRM), refine=Refinement(steps=4, evaluate_every=2))
+    found = trained(task, engine)
+    assert found.refinement is not None
+    assert found.done.steps == 8
+    assert all("refined" in errors for errors in found.errors.values())
+    done = found.refinement
+    assert found.objective == min(found.errors["val"][readout]["objective"] for readout in ("raw", task.averaged))
+    assert found.objective == found.errors["val"][done["readout"]]["objective"]
+    assert done["loss_after"] <= done["loss_before"]
+    assert done["refine_steps"] == done["evaluations"] * 10 / 2
+    for split, errors in found.errors.items():
+        plain = errors[done["readout"]][Metric.FORCES_MAE]
+        assert done["before"][split][Metric.FORCES_MAE] == pytest.approx(plain, rel=1e-3)
+        assert done["after"][split][Metric.FORCES_MAE] == errors["refined"][Metric.FORCES_MAE]
+    curve = pd.read_parquet(task.run / "curves" / f"{task.key.trial_id}.parquet")
+    assert set(curve.loc[curve["readout"] == "refined", "step"]) == {8}
+    kept = torch.load(checkpoint_folder(task.run, task.key.trial_id) / REFINED, weights_only=True)
+    assert {weight.dtype for weight in kept["weights"].values()} == {torch.float64}
+    assert Evaluation.from_plain(found.to_plain()) == found
+
+
+def test_memory_that_runs_out_is_said_and_costs_the_trial_nothing(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore")
+
+    monkeypatch.setattr(refinement, "refine", short_of_memory)
+    task = replace(make_task(stage=Stage.CONFIRM), refine=Refinement())
+    last = trained(task, "lightning")
+    assert last.outcome is Reason.FINISHED
+    assert last.refinement == {
+        "end": "out_of_memory",
+        "message": "CUDA out of memory. Tried to allocate 8 GiB",
+        "readout": last.refinement["readout"] if last.refinement else None,
+    }
+    assert not any("refined" in errors for errors in last.errors.values())

@@ -87,6 +87,7 @@ def trained_snapshots(task: TrialTask, steps: Sequence[int], engine: Engine) -> 
             run=Path(scratch),
             evaluation_steps=tuple(sorted({*steps, *ends})),
             rungs=(),
+            refine=None,
             written_every_s=0.0,
             time_limit_s=None,
         )
@@ -148,9 +149,6 @@ def _read(file: Path, task: TrialTask) -> Snapshot:
     optimizer = OptimizerState(
         rule=rule, step=state.step, hyper=tenant.hyper, tensors=state.optimizer, weights=state.weights
     )
-    weights, readout = state.weights, Readout.RAW
-    if isinstance(rule, ScheduleFree):
-        hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in tenant.hyper.items()}
-        averaged = rule.averaged(rule.packing.pack(state.weights), state.optimizer, hyper)
-        weights, readout = rule.packing.unpack(averaged), Readout.SCHEDULE_FREE
+    readout = Readout.SCHEDULE_FREE if isinstance(rule, ScheduleFree) else Readout.RAW
+    weights = tenant.weights_of(state, readout)
     return Snapshot(model=tenant.model, optimizer=optimizer, weights=weights, readout=readout)

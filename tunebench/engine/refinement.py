@@ -11,18 +11,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from nequip.data import AtomicDataDict
 
 from tunebench.engine.batches import on_device, task_frames
+from tunebench.engine.checkpoints import REFINED, checkpoint_folder
 from tunebench.engine.errors import split_errors
 from tunebench.engine.full_batch import full_batch, model_in
 from tunebench.engine.graphs import synchronize
-from tunebench.engine.task import TrialTask
+from tunebench.engine.task import Errors, TrialTask
 from tunebench.optim.packing import Tensors
-from tunebench.study.record import Split
+from tunebench.study.files import replacing
+from tunebench.study.objective import objective_value, selected_readout
+from tunebench.study.record import Readout, Split
+from tunebench.study.spec import Refinement
 
 
 class RefinementEnd(StrEnum):
@@ -30,7 +34,7 @@ class RefinementEnd(StrEnum):
 
     CONVERGED: the gradient, or what an iteration gains, is below its tolerance. STEPS: all iterations were made.
     LINE_SEARCH: no point along the direction lowers the loss. NOT_FINITE: likewise, and some were not finite.
-    VALIDATION: the loss of the validation split became worse than the best one.
+    VALIDATION: the loss of the validation split became worse than the best one. OUT_OF_MEMORY: before any result.
     """
 
     CONVERGED = "converged"
@@ -38,29 +42,7 @@ class RefinementEnd(StrEnum):
     LINE_SEARCH = "line_search"
     NOT_FINITE = "not_finite"
     VALIDATION = "validation"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refinement:
-    """How to refine.
-
-    Attributes:
-        steps: L-BFGS iterations at most.
-        history: earlier iterations that shape a direction.
-        tolerance_gradient: largest element of the gradient of the loss over its first value, at which it has converged.
-        tolerance_change: decrease of the loss in one iteration, over its first value, below which it has converged.
-        evaluate_every: iterations between two looks at the validation split.
-        dtype: ``float32`` or ``float64``, of weights and arithmetic while it lasts.
-        chunk_frames: frames that go through the model together.
-    """
-
-    steps: int = 100
-    history: int = 20
-    tolerance_gradient: float = 1e-8
-    tolerance_change: float = 1e-10
-    evaluate_every: int = 5
-    dtype: str = "float64"
-    chunk_frames: int = 32
+    OUT_OF_MEMORY = "out_of_memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +91,25 @@ class Refined:
     steps_equivalent: float
     device_s: float
 
+    def to_plain(self) -> dict[str, Any]:
+        """What was done, without the weights: numbers, strings, lists and dictionaries only."""
+        done = self.minimised
+        return {
+            "end": done.end.value,
+            "message": done.message,
+            "iterations": done.iterations,
+            "kept_iteration": done.kept_iteration,
+            "loss_before": done.loss_before,
+            "loss_after": done.loss_after,
+            "validation_loss_before": done.validation_before,
+            "validation_loss_after": done.validation_after,
+            "before": self.before,
+            "after": self.after,
+            "evaluations": done.evaluations,
+            "refine_steps": self.steps_equivalent,
+            "refine_device_s": self.device_s,
+        }
+
 
 class SmoothLoss(Protocol):
     """A deterministic loss of some parameters."""
@@ -125,6 +126,45 @@ class SmoothLoss(Protocol):
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copy values by name into the parameters."""
         ...
+
+
+def add_refinement(
+    task: TrialTask,
+    step: int,
+    errors: Errors,
+    model: torch.nn.Module,
+    weights_of: Callable[[Readout], Mapping[str, torch.Tensor]],
+) -> dict[str, Any] | None:
+    """Refine a trial that is at the workload's horizon, where the study asks for it.
+
+    Args:
+        task: the trial.
+        step: finished steps.
+        errors: of this evaluation; those of the refined weights are added as the readout REFINED.
+        model: of its training module, for structure and constants.
+        weights_of: the trial's weights of a readout, by name.
+
+    Returns:
+        What was done, in plain values; None where nothing was asked for, or the trial's errors are not finite.
+    """
+    if task.refine is None or step != task.workload.max_steps:
+        return None
+    objectives = {readout: objective_value(found, task.objective) for readout, found in errors[Split.VAL].items()}
+    readout = selected_readout(objectives, task.objective)
+    if readout is None or not math.isfinite(objectives[readout]):
+        return None
+    try:
+        refined = refine(task, model, weights_of(Readout(readout)), task.refine)
+    except torch.OutOfMemoryError as error:
+        message = (str(error) or "out of memory").splitlines()[0]
+        return {"end": RefinementEnd.OUT_OF_MEMORY.value, "message": message, "readout": readout}
+    for split, by_readout in errors.items():
+        by_readout[Readout.REFINED.value] = refined.after[split]
+    plain = {"readout": readout, **refined.to_plain()}
+    with replacing(checkpoint_folder(task.run, task.key.trial_id) / REFINED) as partial:
+        weights = {name: weight.cpu() for name, weight in refined.minimised.weights.items()}
+        torch.save({"weights": weights, "refinement": plain}, partial)
+    return plain
 
 
 def refine(task: TrialTask, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], how: Refinement) -> Refined:
