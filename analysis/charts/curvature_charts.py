@@ -83,9 +83,9 @@ def _density(run: Run, record: CurvatureRecord, spectrum: Spectrum, sign: float)
 
 
 _ALONG: tuple[tuple[str, Callable[[Spectrum], float]], ...] = (
-    ("largest eigenvalue", lambda spectrum: spectrum.largest.value),
     ("effective condition", lambda spectrum: spectrum.condition[0]),
     ("spread, decades", lambda spectrum: spectrum.spread_decades),
+    ("largest eigenvalue", lambda spectrum: spectrum.largest.value),
 )
 
 
@@ -95,19 +95,13 @@ def _along(run: Run, workload: str, records: Sequence[CurvatureRecord]) -> Chart
     if not several:
         return None
     panels = []
-    for name in _OPERATORS:
-        for words, read in _ALONG:
-            marks = tuple(mark for record in several if (mark := _course(run, record, name, read)) is not None)
-            log = "decades" not in words
-            low, high = limits((value for mark in marks for value in mark.y.tolist()), log=log)
-            panels.append(
-                Panel(
-                    title=f"{words}, {name}",
-                    x=Axis(title="step"),
-                    y=Axis(title=words, log=log, low=low, high=high),
-                    marks=marks,
-                )
-            )
+    for words, read in _ALONG:
+        log = "decades" not in words
+        marks = {name: _courses(run, several, name, read) for name in _OPERATORS}
+        values = (value for found in marks.values() for mark in found for value in mark.y.tolist())
+        low, high = limits(values, log=log)
+        y = Axis(title=words, log=log, low=low, high=high)  # one range, since panels of a row share it
+        panels += [Panel(title=name, x=Axis(title="step"), y=y, marks=found) for name, found in marks.items()]
     return Chart(
         name=f"{workload}-curvature-along",
         title=f"Curvature along training, {workload}",
@@ -115,20 +109,25 @@ def _along(run: Run, workload: str, records: Sequence[CurvatureRecord]) -> Chart
         "spread of the Ritz values of the Hessian and of its preconditioned form. The largest eigenvalue of a "
         "preconditioned Hessian has the unit of its own P. Explains, never ranks.",
         panels=tuple(panels),
-        columns=3,
+        columns=2,
         height=12.0,
     )
 
 
-def _course(run: Run, record: CurvatureRecord, name: str, read: Callable[[Spectrum], float]) -> Mark | None:
-    found = [(point.step, operator) for point in record.points if (operator := _operator(point, name)) is not None]
-    if not found:
-        return None
-    return Mark(
-        kind=Kind.LINE,
-        label=record.optimizer,
-        look=look(record.optimizer, run.optimizers),
-        x=np.array([step for step, _ in found], dtype=np.float64),
-        y=np.array([read(operator.spectrum) for _, operator in found], dtype=np.float64),
-        words=tuple(f"{record.trial}, step {step}" for step, _ in found),
-    )
+def _courses(
+    run: Run, records: Sequence[CurvatureRecord], name: str, read: Callable[[Spectrum], float]
+) -> tuple[Mark, ...]:
+    """One line per trial that has the operator."""
+    marks = []
+    for record in records:
+        found = [(point.step, operator) for point in record.points if (operator := _operator(point, name)) is not None]
+        mark = Mark(
+            kind=Kind.LINE,
+            label=record.optimizer,
+            look=look(record.optimizer, run.optimizers),
+            x=np.array([step for step, _ in found], dtype=np.float64),
+            y=np.array([read(operator.spectrum) for _, operator in found], dtype=np.float64),
+            words=tuple(f"{record.trial}, step {step}" for step, _ in found),
+        )
+        marks += [mark] if found else []
+    return tuple(marks)

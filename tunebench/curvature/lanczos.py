@@ -25,7 +25,8 @@ class RitzValues:
         values: ascending, (steps,).
         weights: of the start vector along each Ritz vector, squared; they sum to 1. Values and weights are the nodes
             and weights of Gauss's quadrature of the spectral density that the start vector sees.
-        bounds: residual norms; an eigenvalue of the operator lies within this distance of each value.
+        bounds: residual norms, at least what rounding makes; an eigenvalue of the operator lies within this distance
+            of each value.
     """
 
     values: Floats
@@ -76,4 +77,7 @@ def lanczos(operator: Operator, start: torch.Tensor, steps: int) -> RitzValues:
 
 def _ritz_values(diagonal: Floats, beside: Floats, remainder: float) -> RitzValues:
     values, vectors = eigh_tridiagonal(diagonal, beside)
-    return RitzValues(values=values, weights=vectors[0] ** 2, bounds=np.abs(remainder * vectors[-1]))
+    rounding = _EXHAUSTED * np.abs(values).max()
+    return RitzValues(
+        values=values, weights=vectors[0] ** 2, bounds=np.maximum(np.abs(remainder * vectors[-1]), rounding)
+    )
