@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from analysis.charts.run_charts import run_charts
@@ -57,7 +58,12 @@ def run(plain: Run) -> Run:
             changed.append(replace(trial, detail={"message": "", "refinement": failed}))
         else:
             changed.append(refined(trial))
-    return replace(plain, trials=tuple(changed))
+    rows = plain.curves[
+        plain.curves["trial"].isin([t.key.trial_id for t in changed if "refined" in t.result.get("val", {})])
+    ]
+    ends = rows[(rows["readout"] == "ema") & (rows["step"] == rows["step"].max())]
+    halved = ends.assign(readout="refined", value=0.5 * ends["value"])
+    return replace(plain, trials=tuple(changed), curves=pd.concat([plain.curves, halved], ignore_index=True))
 
 
 def test_errors_before_and_after_are_over_the_same_trials(run: Run) -> None:
@@ -79,5 +85,9 @@ def test_the_page_shows_it_and_no_verdict_changes(plain: Run, run: Run) -> None:
     page = render(run, ranking, run_charts(run, ranking))
     assert "Second-order refinement" in page
     assert "Refinement without gain: ethanol-nequip.soap.confirm.c001.s1" in page
-    assert to_json(ranking) == to_json(rank(plain))
+    (workload,), (expected,) = ranking.workloads, rank(plain).workloads
+    assert workload.decision == expected.decision
+    assert to_json(workload.comparisons) == to_json(expected.comparisons)
+    assert [(arm.optimizer, arm.rank) for arm in workload.arms] == [(arm.optimizer, arm.rank) for arm in expected.arms]
+    assert {error.readout for error in workload.arms[0].errors} >= {"raw", "ema", "refined"}
     assert "Second-order refinement" not in render(plain, rank(plain), run_charts(plain, rank(plain)))
