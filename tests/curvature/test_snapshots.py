@@ -99,7 +99,7 @@ def test_equal_seeds_measure_equal_numbers(finished: TrialTask) -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "soap", "soap_muon", "lamb", "sgd"])
 def test_the_preconditioner_of_a_trial_covers_all_its_weights(trials: CrystalTrials, optimizer: str) -> None:
     task = trials.task(optimizer)
-    (snapshot,) = trained_snapshots(task, [3], Engine.COHORT)
+    (snapshot,) = trained_snapshots(task, [3], Engine.LIGHTNING)
     found = preconditioner(snapshot.optimizer)
     total = sum(weight.numel() for weight in snapshot.weights.values())
     assert sum(part.parameters for part in found.parts if part.kind != "orthogonalised direction") == total
@@ -117,7 +117,7 @@ def test_steps_outside_the_horizon_are_refused(trials: CrystalTrials, steps: lis
 
 def test_a_trial_that_diverges_on_the_way_is_said_to(trials: CrystalTrials) -> None:
     with pytest.raises(RunError, match="found DIVERGED at step"):
-        list(trained_snapshots(trials.task("sgd", learning_rate=1e12), [8], Engine.COHORT))
+        list(trained_snapshots(trials.task("sgd", learning_rate=1e12), [8], Engine.LIGHTNING))
 
 
 def test_a_trial_without_a_checkpoint_is_refused(trials: CrystalTrials) -> None:

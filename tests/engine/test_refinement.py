@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import MakeTask
+from tests.engine.test_cohort import CrystalTrials, crystal_trials
 from tunebench.engine import refinement
 from tunebench.engine.checkpoints import REFINED, checkpoint_folder
 from tunebench.engine.cohort import Cohort
@@ -24,10 +25,15 @@ from tunebench.engine.tenant import ModuleShelf, Tenant
 from tunebench.optim.packing import Tensors
 from tunebench.study.record import Metric, Reason, Split, Stage
 from tunebench.study.spec import Refinement
-from tunebench.workloads.data import graphs_folder
 
 HOW = Refinement(steps=200, evaluate_every=1)
 SHORT = Refinement(steps=7, evaluate_every=5)
+QUICK = Refinement(steps=4, evaluate_every=2)
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> CrystalTrials:
+    return crystal_trials(tmp_path_factory.mktemp("crystals"))
 
 
 class Problem:
@@ -186,11 +192,8 @@ def test_it_runs_in_single_precision_too(make_task: MakeTask) -> None:
     assert all(torch.equal(tenant.state.weights[name], before[name]) for name in before)
 
 
-def trained(task: TrialTask, engine: str) -> Evaluation:
+def trained_by_cohort(cohort: Cohort, task: TrialTask) -> Evaluation:
     """The last report of a trial."""
-    if engine == "lightning":
-        return run_trial(task, lambda report: None)
-    cohort = Cohort(task, 1, cache=graphs_folder(), compiled=False)
     cohort.join(task)
     while reports := cohort.advance():
         ((name, last),) = reports
@@ -199,20 +202,15 @@ def trained(task: TrialTask, engine: str) -> Evaluation:
     return last
 
 
-@pytest.mark.parametrize(("engine", "optimizer"), [("lightning", "schedule_free"), ("cohort", "adamw")])
-def test_a_confirm_trial_is_refined_at_its_horizon_beside_the_plain_readouts(
-    make_task: MakeTask, engine: str, optimizer: str
-) -> None:
-    task = replace(make_task(optimizer, stage=Stage.CONFIRM), refine=Refinement(steps=4, evaluate_every=2))
-    found = trained(task, engine)
-    assert found.refinement is not None
-    assert found.done.steps == 8
-    assert all("refined" in errors for errors in found.errors.values())
+def assert_refined(task: TrialTask, found: Evaluation) -> None:
+    """A trial's last report has the refined readout beside the plain ones, and says what was done."""
     done = found.refinement
+    assert done is not None
+    assert found.done.steps == 8
     assert found.objective == min(found.errors["val"][readout]["objective"] for readout in ("raw", task.averaged))
     assert found.objective == found.errors["val"][done["readout"]]["objective"]
     assert done["loss_after"] <= done["loss_before"]
-    assert done["refine_steps"] == done["evaluations"] * 10 / 2
+    assert done["refine_steps"] == done["evaluations"] * task.data.splits["train"].frames / 2
     for split, errors in found.errors.items():
         plain = errors[done["readout"]][Metric.FORCES_MAE]
         assert done["before"][split][Metric.FORCES_MAE] == pytest.approx(plain, rel=1e-3)
@@ -224,6 +222,16 @@ def test_a_confirm_trial_is_refined_at_its_horizon_beside_the_plain_readouts(
     assert Evaluation.from_plain(found.to_plain()) == found
 
 
+def test_the_lightning_engine_refines_a_confirm_trial_at_its_horizon(make_task: MakeTask) -> None:
+    task = replace(make_task("schedule_free", stage=Stage.CONFIRM), refine=QUICK)
+    assert_refined(task, run_trial(task, lambda report: None))
+
+
+def test_the_cohort_engine_refines_a_confirm_trial_at_its_horizon(trials: CrystalTrials) -> None:
+    task = replace(trials.task("adamw", stage=Stage.CONFIRM), refine=QUICK)
+    assert_refined(task, trained_by_cohort(trials.cohort(2), task))
+
+
 def test_memory_that_runs_out_is_said_and_costs_the_trial_nothing(
     make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +240,7 @@ def test_memory_that_runs_out_is_said_and_costs_the_trial_nothing(
 
     monkeypatch.setattr(refinement, "refine", short_of_memory)
     task = replace(make_task(stage=Stage.CONFIRM), refine=Refinement())
-    last = trained(task, "lightning")
+    last = run_trial(task, lambda report: None)
     assert last.outcome is Reason.FINISHED
     assert last.refinement == {
         "end": "out_of_memory",

@@ -62,14 +62,12 @@ def measure_curvature(
     """
     set_global_state()
     torch.backends.cuda.matmul.allow_tf32 = False
-    resolved = load_run(run)
-    record = _only_trial(run, trial)
-    arm = next(arm for arm in plan_arms(resolved) if arm.name == record.key.arm)
-    task = replace(_task(resolved, arm, record, run), device=device or _DEVICE)
+    record, arm, task = _trial(run, trial)
+    task = replace(task, device=device or _DEVICE)
     steps = tuple(sorted({*at, *(_rungs(arm, record, task.horizon) if along_rungs else ())}))
     snapshots: Iterable[Snapshot]
     if steps:
-        engine = Engine.LIGHTNING if record.engine == Engine.LIGHTNING else Engine.COHORT
+        engine = Engine.COHORT if record.engine == Engine.COHORT else Engine.LIGHTNING  # the reference
         snapshots = trained_snapshots(task, steps, engine)
     else:
         snapshots = [checkpoint_snapshot(task)]
@@ -164,6 +162,19 @@ def _only_trial(run: Path, trial: str) -> TrialRecord:
         names = ", ".join(sorted(record.key.trial_id for record in found or records)[:6])
         raise RunError(f"{run}: trial {trial!r}: found {len(found)} whose id begins so, allowed: one, such as {names}")
     return found[0]
+
+
+def planned_steps(run: Path, trial: str) -> tuple[int, ...]:
+    """The steps of `along_rungs`: the trial's rungs and the last step it came to."""
+    record, arm, task = _trial(run, trial)
+    return tuple(_rungs(arm, record, task.horizon))
+
+
+def _trial(run: Path, trial: str) -> tuple[TrialRecord, ArmPlan, TrialTask]:
+    """A trial as the journal has it, its arm, and its task."""
+    resolved, record = load_run(run), _only_trial(run, trial)
+    arm = next(arm for arm in plan_arms(resolved) if arm.name == record.key.arm)
+    return record, arm, _task(resolved, arm, record, run)
 
 
 def _task(resolved: ResolvedStudy, arm: ArmPlan, record: TrialRecord, run: Path) -> TrialTask:

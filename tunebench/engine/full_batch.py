@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from nequip.data import AtomicDataDict
+from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.loss import LossWeights, weighted_loss
@@ -153,6 +154,7 @@ def model_in(task: TrialTask, dtype: torch.dtype, like: torch.nn.Module) -> torc
         dtype: float32 or float64.
         like: the model of the trial's training module.
     """
+    set_global_state()
     config = training_module(task)
     config["model"] = {**config["model"], "model_dtype": str(dtype).removeprefix("torch."), "compile_mode": "eager"}
     module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
