@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from nequip.utils.global_state import set_global_state
 
 from tests.engine.test_cohort import CrystalTrials
 from tunebench.curvature.operators import Hessian
@@ -17,6 +18,7 @@ from tunebench.study.spec import Family
 
 def loss_of(trials: CrystalTrials, family: Family) -> FullBatch:
     """The loss over a trial's training frames: energies, half of the forces, stress."""
+    set_global_state()
     task = trials.task("adamw", family=family)
     model = Tenant(task, ModuleShelf()).model
     return full_batch(task, model_in(task, torch.float64, model), "train", chunk_frames=5)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from nequip.data import AtomicDataDict
+from nequip.utils.global_state import set_global_state
 
 from tests.engine.test_cohort import CrystalTrials, crystal_trials
 from tunebench.engine.batches import task_frames
@@ -22,6 +23,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> CrystalTrials:
 
 @pytest.fixture(scope="module")
 def model(trials: CrystalTrials) -> torch.nn.Module:
+    set_global_state()
     task = trials.task()
     return model_in(task, torch.float64, Tenant(task, ModuleShelf()).model)
 

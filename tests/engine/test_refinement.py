@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nequip.utils.global_state import set_global_state
 
 from tests.engine.conftest import MakeTask
 from tests.engine.test_cohort import CrystalTrials, crystal_trials
@@ -29,6 +30,12 @@ from tunebench.study.spec import Refinement
 HOW = Refinement(steps=200, evaluate_every=1)
 SHORT = Refinement(steps=7, evaluate_every=5)
 QUICK = Refinement(steps=4, evaluate_every=2)
+
+
+@pytest.fixture(autouse=True)
+def nequips_global_state() -> None:
+    """As both engines set it before anything else: torch's default dtype is float64."""
+    set_global_state()
 
 
 @pytest.fixture(scope="module")
