@@ -16,6 +16,12 @@ from tunebench.engine.loss import LossWeights, weighted_loss
 from tunebench.engine.tenant import ModuleShelf, Tenant
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nequips_global_state() -> None:
+    """As both engines set it before anything else: torch's default dtype is float64."""
+    set_global_state()
+
+
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> CrystalTrials:
     return crystal_trials(tmp_path_factory.mktemp("crystals"))
@@ -23,7 +29,6 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> CrystalTrials:
 
 @pytest.fixture(scope="module")
 def model(trials: CrystalTrials) -> torch.nn.Module:
-    set_global_state()
     task = trials.task()
     return model_in(task, torch.float64, Tenant(task, ModuleShelf()).model)
 
