@@ -14,7 +14,7 @@ from tunebench.study.errors import RunError
 EXPLAINS = (
     "Curvature explains how an optimizer sees the loss; no verdict and no rank on this page rests on it. A sharper "
     "minimum can be the better one: sharpness depends on how weights are scaled, and optimizers that orthogonalise "
-    "their updates have been seen to end in minima several times sharper and more accurate. What a preconditioner "
+    "their updates have been reported to end in minima several times sharper and more accurate. What a preconditioner "
     "changes is read within a row pair, H against its own preconditioned H; P has the unit of a gradient in the Adam "
     "family and another one elsewhere, so largest eigenvalue and trace of the preconditioned H compare along one arm "
     "and not between arms. Condition and spread have no unit."

@@ -287,7 +287,9 @@ def curvature_command(
     steps: Annotated[int, typer.Option(min=1, help="Lanczos steps from each of them")] = 40,
     trace_products: Annotated[int, typer.Option(min=0, help="products for the trace, 0 or at least 3")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="of frames and random vectors")] = 0,
-    recompute: Annotated[bool, typer.Option("--recompute", help="keep no graphs: less memory, twice the time")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="keep no graphs: less memory, up to twice the time")
+    ] = False,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="left out, CUDA where there is any")] = None,
     as_json: Json = False,
 ) -> None:

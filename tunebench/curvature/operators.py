@@ -85,16 +85,16 @@ class Hessian:
     """The exact Hessian of a full-batch loss at the model's weights, on the elements that the loss depends on.
 
     Reverse over reverse: NequIP takes forces by `torch.autograd.grad` inside the model, so a product is a third
-    derivative of the energy. On two CPU architectures forward over reverse (`torch.func.jvp` of `grad` of the traced
-    graph) took 2.4 times as long, and gave the same to 1e-15; docs/curvature.md has the numbers.
+    derivative of the energy. Forward over reverse (`torch.func.jvp` of `grad` of the traced graph) was as exact and
+    took two and a half times as long for tiny NequIP and Allegro models on a CPU; docs/curvature.md has the numbers.
 
     An element is left out as dead where both the gradient and a product with a random vector are exactly zero.
 
     Args:
         loss: the full batch; its model's weights must not change afterwards.
         draw: source of the random vector.
-        keep_graphs: keep the graphs of the gradients of all chunks, which halves the time of a product and costs the
-            memory of a forward and backward pass over all frames; else they are made anew for each product.
+        keep_graphs: keep the graphs of the gradients of all chunks, which saves up to half the time of a product and
+            costs the memory of a forward and backward pass over all frames; else they are made anew for each product.
 
     Attributes:
         coordinates: the elements that take part.

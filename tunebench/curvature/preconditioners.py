@@ -250,8 +250,7 @@ def _adam(state: OptimizerState, segment: Segment) -> _Found:
 
 
 def _rectified(state: OptimizerState, segment: Segment) -> _Found:
-    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.hyper.items()}
-    if not bool(RectifiedScalars.at(torch.tensor(state.step, dtype=torch.int64), hyper).rectified):
+    if not bool(RectifiedScalars.at(torch.tensor(state.step, dtype=torch.int64), _scalars(state)).rectified):
         return _identity(state, segment)
     correction = (1.0 - state.hyper["beta2"] ** state.step) ** 0.5
     return _diagonal(state.of("exp_avg_sq", segment).sqrt(), state.hyper["eps"], correction, "diagonal")
@@ -260,8 +259,7 @@ def _rectified(state: OptimizerState, segment: Segment) -> _Found:
 def _lamb(state: OptimizerState, segment: Segment) -> _Found:
     root, eps = state.of("exp_avg_sq", segment).sqrt(), state.hyper["eps"]
     weight = state.rule.packing.pack({n: w.to(torch.float64) for n, w in state.weights.items()})[segment.name]
-    hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.hyper.items()}
-    trust = trust_ratios(weight, state.of("exp_avg", segment) / (root + eps), segment, hyper)
+    trust = trust_ratios(weight, state.of("exp_avg", segment) / (root + eps), segment, _scalars(state))
     return _diagonal(root, eps, 1.0, "diagonal over trust ratios", segment.spread(trust))
 
 
@@ -410,6 +408,12 @@ _KNOWN: dict[type, tuple[str, Callable[[OptimizerState, Segment], _Found]]] = {
         _soap_muon,
     ),
 }
+
+
+def _scalars(state: OptimizerState) -> dict[str, torch.Tensor]:
+    """Hyperparameters as the rules take them."""
+    device = _device(state)
+    return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state.hyper.items()}
 
 
 def _device(state: OptimizerState) -> torch.device:
