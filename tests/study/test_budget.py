@@ -8,12 +8,13 @@ import pytest
 
 from tests.study.test_plan import ASHA, resolved
 from tunebench.study.budget import affordable, cap_of, most_device_s
+from tunebench.study.decision import Fate
 from tunebench.study.extension import extend, extended
 from tunebench.study.plan import ArmPlan, plan_arms
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import StudyError
 from tunebench.study.summary import plan_summary
-from tunebench.tuning.ladder import Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 
 def capped(folder: Path, cap: float | None = 100.0, fidelity: str = "truncate", **tune: Any) -> ResolvedStudy:

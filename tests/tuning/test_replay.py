@@ -12,6 +12,7 @@ import pytest
 
 from tunebench.cli import run_command
 from tunebench.engine.curves import write_curve
+from tunebench.study.decision import Fate
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import clopper_pearson, false_stops
 from tunebench.study.journal import JournalWriter, read_trials
@@ -19,7 +20,7 @@ from tunebench.study.plan import rung_steps
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Asha, Confirm, Tune
-from tunebench.tuning.ladder import Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 from tunebench.tuning.replay import Curve, replay, replay_run
 
 HORIZON = 400

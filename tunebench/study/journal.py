@@ -41,16 +41,7 @@ def read_trials(run: Path) -> list[TrialRecord]:
     path = _journal_file(run)
     with _reading(path):
         planned = planned_trials(path)  # before the trials are read: a driver may add some in between
-        storage = _storage(_backend(path))
-        trials = [
-            _record(trial, late, study.study_name)
-            for study in storage.get_all_studies()
-            for late in [_late_decisions(study.user_attrs)]
-            for trial in storage.get_all_trials(study._study_id, deepcopy=False)
-        ]
-        if len(trials) < planned:  # Optuna leaves out what does not fit what came before
-            raise ValueError(f"{len(trials)} of {planned} trials can be read")
-        return trials
+        return _records(_storage(_backend(path)), planned)
 
 
 def read_afforded(run: Path) -> dict[str, dict[int, int]]:
@@ -100,15 +91,20 @@ class JournalWriter:
         # lets one driver in at a time and goes with its process, so what lies here is stale.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         mend_torn_tail(path)
-        if path.exists():
-            read_trials(run)  # refuses what is damaged: what a driver adds to it would not mend it
         self._backend = _BatchBackend(path)
-        self._storage = _storage(self._backend)
+        with _reading(path):
+            planned = planned_trials(path) if path.exists() else 0
+            self._storage = _storage(self._backend)
+            _records(self._storage, planned)  # refuses what is damaged: what a driver adds to it would not mend it
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         self._trials: dict[str, int] = {}
         for study_id in self._studies.values():
             for trial in self._storage.get_all_trials(study_id, deepcopy=False):
                 self._trials[trial.user_attrs["trial_id"]] = trial._trial_id
+
+    def trials(self) -> list[TrialRecord]:
+        """What `read_trials` would return, without parsing the file again."""
+        return _records(self._storage, planned=0)
 
     def add_arm(self, arm: str, attributes: Mapping[str, Any]) -> None:
         """Create the arm's Optuna study, named WORKLOAD/OPTIMIZER, with its attributes, unless they are there."""
@@ -283,6 +279,23 @@ def _storage(backend: JournalFileBackend) -> JournalStorage:
 
 def _backend(path: Path) -> JournalFileBackend:
     return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+
+
+def _records(storage: JournalStorage, planned: int) -> list[TrialRecord]:
+    """All trials arm by arm.
+
+    Raises:
+        ValueError: one that no driver could have written, or fewer than were planned.
+    """
+    trials = [
+        _record(trial, late, study.study_name)
+        for study in storage.get_all_studies()
+        for late in [_late_decisions(study.user_attrs)]
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False)
+    ]
+    if len(trials) < planned:  # Optuna leaves out what does not fit what came before
+        raise ValueError(f"{len(trials)} of {planned} trials can be read")
+    return trials
 
 
 def _afforded(arm: Mapping[str, Any]) -> dict[int, int]:

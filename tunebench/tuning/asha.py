@@ -14,9 +14,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tunebench.study.control import Wish
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.record import TrialKey, TrialRecord
 from tunebench.study.spec import Asha
-from tunebench.tuning.ladder import Decision, Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 _ACTIONS = {
     Fate.GO_ON: TrialScheduler.CONTINUE,

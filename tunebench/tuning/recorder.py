@@ -14,12 +14,12 @@ from ray.tune.experiment import Trial
 from tunebench.engine.book import last_evaluation, with_losses
 from tunebench.engine.checkpoints import checkpoint_folder, drop_checkpoints
 from tunebench.engine.task import Evaluation
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.failures import reason_of
-from tunebench.tuning.ladder import Decision, Fate
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
 

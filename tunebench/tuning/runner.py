@@ -132,7 +132,7 @@ class _Run:
     def _sweep(self) -> None:
         """Delete what a killed driver had no time to delete."""
         dropped = retention(self._study.keep_checkpoints)
-        for record in read_trials(self._options.run):
+        for record in self._journal.trials():
             if record.reason is not None and dropped(record.key):
                 drop_checkpoints(self._options.run, record.key.trial_id)
         for leftover in self._options.run.glob(f"{BUILDING}*"):
@@ -150,7 +150,7 @@ class _Run:
 
     def confirm(self) -> None:
         """Confirm stage: the best configurations of every arm with fresh seeds, to the horizon, without stopping."""
-        records = read_trials(self._options.run)
+        records = self._journal.trials()
         for arm in self._arms:
             for record in best_configurations(records, arm.name, self._study.confirm.top_k):
                 for seed_index in range(self._study.confirm.seeds):
@@ -181,7 +181,7 @@ class _Run:
     def _afforded(self, searched: Searched) -> dict[str, int]:
         """Configurations of each arm that its device-seconds pay for."""
         # an extension draws anew; who was a sentinel before stays one
-        before = [record.key for record in read_trials(self._options.run) if record.sentinel]
+        before = [record.key for record in self._journal.trials() if record.sentinel]
         drawn = {
             workload: indices | {key.config_index for key in before if key.workload == workload}
             for workload, indices in self._sentinels.items()
@@ -198,7 +198,7 @@ class _Run:
         )
 
     def _plan_tpe(self, number: int) -> None:
-        records = read_trials(self._options.run)
+        records = self._journal.trials()
         for arm in self._arms:
             planned = _round(number, arm.trials)
             of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
@@ -222,12 +222,12 @@ class _Run:
             self._run_open_trials(stage)
         finally:
             self._boards.show()
-        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
+        left = [r for r in self._journal.trials() if r.key.stage is stage and r.reason is None]
         if left:
             raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
 
     def _run_open_trials(self, stage: Stage) -> None:
-        records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
+        records = [record for record in self._journal.trials() if record.key.stage is stage]
         tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
         if tasks:
             self._choose_engines({task.workload.name for task in tasks.values()})
