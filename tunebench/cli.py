@@ -473,9 +473,10 @@ def _plan_table(summary: dict[str, Any]) -> Table:
 
 
 def _capped(arm: dict[str, Any]) -> str:
-    """Trials of an arm, and how many there would be without its cap on device-seconds."""
+    """Trials of an arm, how many there would be without its cap on device-seconds, and how many are sentinels."""
     count, wanted = arm["trials"], arm["trials_without_cap"]
-    return str(count) if count == wanted else f"{count} of {wanted}"
+    trials = str(count) if count == wanted else f"{count} of {wanted}"
+    return f"{trials} ({arm['sentinels']} s.)" if arm["sentinels"] else trials
 
 
 def _rungs(arm: dict[str, Any]) -> str:

@@ -122,10 +122,10 @@ class JournalWriter:
         """What `afford` has written; None before that."""
         return _afforded(self._storage.get_study_user_attrs(self._studies[arm])).get(wanted)
 
-    def afforded_before(self, arm: str, wanted: int) -> list[int]:
-        """What `afford` has written for smaller numbers of configurations, before the run was extended."""
+    def afforded_before(self, arm: str, wanted: int) -> dict[int, int]:
+        """What `afford` has written for smaller numbers of configurations wanted, before the run was extended."""
         written = _afforded(self._storage.get_study_user_attrs(self._studies[arm]))
-        return [written[number] for number in sorted(written) if number < wanted]
+        return {number: written[number] for number in sorted(written) if number < wanted}
 
     def plan(
         self,
