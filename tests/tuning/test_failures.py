@@ -7,6 +7,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from tests.engine.conftest import MakeTask, make_task
+from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
@@ -59,3 +60,9 @@ def test_an_error_that_may_pass_is_left_to_tune_which_starts_the_trial_again(
     monkeypatch.setattr("tunebench.engine.lightning.run_trial", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
         trainable._train_alone(make_task())
+
+
+def test_a_process_that_its_watchdog_has_ended_timed_out() -> None:
+    stalled = f"its cohort is gone: {STALLED} 0:15:00, see cohort-0.stalled"
+    assert reason_of(RayTaskError("train", "Traceback", RuntimeError(stalled))) is Reason.TIMED_OUT
+    assert reason_of(stalled) is Reason.TIMED_OUT

@@ -159,12 +159,14 @@ class JournalWriter:
 
     def start(self, key: TrialKey, groups: list[dict[str, Any]] | None = None, engine: str | None = None) -> None:
         """Mark a trial as running and, once known, write its engine and its realised parameter groups."""
-        if self._trial(key).state == TrialState.WAITING:
-            self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
-        if engine and self._trial(key).user_attrs.get("engine") != engine:
-            self._set(key, "engine", engine)
-        if groups and not self._trial(key).user_attrs.get("groups"):
-            self._set(key, "groups", groups)
+        trial = self._trial(key)
+        with self._backend.batch():
+            if trial.state == TrialState.WAITING:
+                self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
+            if engine and trial.user_attrs.get("engine") != engine:
+                self._set(key, "engine", engine)
+            if groups and not trial.user_attrs.get("groups"):
+                self._set(key, "groups", groups)
 
     def decide(self, key: TrialKey, decision: Mapping[str, Any]) -> None:
         """Write what a rung said of a trial; a rung decides once.
@@ -235,7 +237,8 @@ class _BatchBackend(JournalFileBackend):
         try:
             yield
             held, self._held = self._held, None
-            super().append_logs(held)
+            if held:
+                super().append_logs(held)
         finally:
             self._held = None
 

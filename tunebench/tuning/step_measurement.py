@@ -59,7 +59,8 @@ def measured_steps(
     check_fit(resolved.study.resources, waits=address is not None, console=console)
     where = "of this machine" if address is None else "of the cluster"
     _say(console, f"measuring steps for the cap on device-seconds on a device {where}; {run / LOGS / _LOG} follows")
-    task: Any = ray.remote(_measure).options(**_share(resolved.study.resources), max_calls=1, max_retries=0)
+    remote: Any = ray.remote
+    task = remote(max_calls=1, max_retries=0, **_share(resolved.study.resources))(_measure)
     try:
         table, lines = ray.get(task.remote(resolved, dict(data), dict(searched), run.resolve() / LOGS / _LOG))
     except RayTaskError as error:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from tunebench.engine.watchdog import Watchdog
 from tunebench.tuning.tenancy import Handle, rent
-from tunebench.tuning.trial_log import log_to, trial_log
+from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
 if TYPE_CHECKING:
     from tunebench.engine.task import Evaluation, TrialTask
@@ -40,11 +41,20 @@ def _train_alone(task: TrialTask) -> None:
     from tunebench.engine.book import REPEATABLE, crashed  # imports torch and NequIP in the trial's process only
     from tunebench.engine.lightning import run_trial
 
-    try:
-        with log_to(trial_log(task.run, task.key.trial_id)):
-            run_trial(task, _report)
-    except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
-        _report(crashed(task, error))
+    name = task.key.trial_id
+    with Watchdog(task.stalled_after_s, stall_file(task.run, name)) as watchdog:
+
+        def report(evaluation: Evaluation) -> None:
+            watchdog.rest()  # the driver may take its time
+            _report(evaluation)
+            watchdog.beat()
+
+        watchdog.prepare()
+        try:
+            with log_to(trial_log(task.run, name)):
+                run_trial(task, report, watchdog.beat)
+        except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
+            report(crashed(task, error))
 
 
 def _report(evaluation: Evaluation) -> None:
