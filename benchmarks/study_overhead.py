@@ -253,7 +253,7 @@ def measure_here(side: str, trials: int, cpus: int, profile: str | None) -> Cost
     """Run one side in this process."""
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES)
     with tempfile.TemporaryDirectory() as folder:
-        profiler = cProfile.Profile()
+        profiler = cProfile.Profile(time.thread_time)  # of the driver's own thread, not of those of Ray
         if profile:
             profiler.enable()
         cost = SIDES[side](Path(folder), trials)
