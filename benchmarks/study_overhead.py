@@ -48,6 +48,7 @@ from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.samplers import configuration, sobol_points
 from tunebench.tuning.stage import Watching, fit
+from tunebench.tuning.tenancy import for_tune
 
 HORIZON, EVALUATIONS, GRACE, FACTOR = 400, 20, 100, 3
 RUNGS = (GRACE, GRACE * FACTOR)
@@ -156,7 +157,7 @@ def mock_trial(config: Mapping[str, Any], steps: Path) -> None:
     every = HORIZON // EVALUATIONS
     for step in range(done + every, HORIZON + 1, every):
         file.write_text(str(step))
-        tune.report(evaluation(name, step).to_plain())
+        tune.report(for_tune(evaluation(name, step).to_plain()))
 
 
 def plan_trials(run: Path, arms: list[ArmPlan], resolved: ResolvedStudy) -> JournalWriter:

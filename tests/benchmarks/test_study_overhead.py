@@ -15,13 +15,14 @@ from tunebench.study.journal import read_trials
 from tunebench.study.plan import plan_arms
 from tunebench.study.record import Reason
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
+from tunebench.tuning.tenancy import evaluation_of
 
 
 def test_a_mock_trial_goes_on_where_it_was_paused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[Evaluation] = []
 
     def pause_at_the_rung(plain: dict[str, Any]) -> None:
-        reported.append(Evaluation.from_plain(plain))
+        reported.append(Evaluation.from_plain(evaluation_of(plain)))
         if reported[-1].step == 100:
             raise SystemExit
 

@@ -11,6 +11,7 @@ from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
+from tunebench.tuning.tenancy import evaluation_of
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
@@ -46,7 +47,8 @@ def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
     monkeypatch.setattr(trainable.tune, "report", reports.append)
     task = make_task()
     trainable._train_alone(replace(task, hyperparameters={}))
-    (report,) = reports
+    report = evaluation_of(reports[0])
+    assert len(reports) == 1
     assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
     assert "Traceback" in trial_log(task.run, task.key.trial_id).read_text()
 

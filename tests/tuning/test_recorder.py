@@ -24,6 +24,7 @@ from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
+from tunebench.tuning.tenancy import for_tune
 from tunebench.tuning.trial_log import stall_file
 
 GROUPS = [{"rule": "adamw", "tensors": 1, "parameters": 4, "settings": {}, "share": 1.0}]
@@ -87,7 +88,7 @@ class Driver:
         self.recorder.on_trial_start(0, [], self.trial(trial))
 
     def report(self, trial: TrialKey, result: Evaluation) -> None:
-        plain = {**result.to_plain(), "training_iteration": 1, "trial_id": "ray's own"}
+        plain = {**for_tune(result.to_plain()), "training_iteration": 1, "trial_id": "ray's own"}
         self.scheduler.on_trial_result(None, self.trial(trial), plain)
         self.recorder.on_trial_result(0, [], self.trial(trial), plain)
 

@@ -23,6 +23,7 @@ from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.failures import reason_of
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
+from tunebench.tuning.tenancy import evaluation_of
 from tunebench.tuning.trial_log import stall_file
 
 
@@ -75,7 +76,7 @@ class Recorder(Callback):
     ) -> None:
         """Keep an evaluation; close the trial where it ended or was stopped."""
         key = self._key(trial)
-        evaluation = Evaluation.from_plain(result)
+        evaluation = Evaluation.from_plain(evaluation_of(result))
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from tunebench.engine.watchdog import Watchdog
-from tunebench.tuning.tenancy import Handle, rent
+from tunebench.tuning.tenancy import Handle, for_tune, rent
 from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
 if TYPE_CHECKING:
@@ -59,4 +59,4 @@ def _train_alone(task: TrialTask) -> None:
 
 def _report(evaluation: Evaluation) -> None:
     """Report to Tune, which raises SystemExit here where the scheduler stops the trial."""
-    tune.report(evaluation.to_plain())
+    tune.report(for_tune(evaluation.to_plain()))
