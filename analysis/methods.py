@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def _stopping(run: Run) -> str:
     sentinels = sum(trial.sentinel for trial in run.trials)
     exempt = (
         f"{counted(sentinels, 'sentinel')} chosen before the start ran to the horizon whatever the rungs said, and "
-        "tell how often it erred."
+        f"tell how often it erred{_of_each_arm(run)}."
         if sentinels
         else "No trial was exempt from it, so how often it erred is not known."
     )
@@ -109,6 +110,16 @@ def _stopping(run: Run) -> str:
         f"Successive halving [2] inside each arm ({asha.form}, {asha.order}, reduction factor {asha.reduction_factor}) "
         f"decided which trials went on. {_fidelity(run)} {exempt}"
     )
+
+
+def _of_each_arm(run: Run) -> str:
+    """How many sentinels each competing arm has: a cap on device-seconds must not take them from dearer arms."""
+    counts = Counter((trial.key.workload, trial.key.optimizer) for trial in run.trials if trial.sentinel)
+    numbers = sorted({counts[workload, name] for workload in run.workloads for name in run.rivals})
+    if not numbers:
+        return ""
+    ends = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    return f"; each competing arm had {ends} of them"
 
 
 def _fidelity(run: Run) -> str:

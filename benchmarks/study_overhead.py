@@ -3,7 +3,8 @@
 Trials replay made-up learning curves and train nothing. One side is tunebench's: Tuner, per-arm ASHA, recorder, journal
 and boards. The other is Tune alone with its own ASHA, its logs off. Each side runs in a process of its own, and sides
 alternate. Printed are driver seconds on the processor per trial and per report, seconds by the clock, the driver's
-memory in the second half of the trials against the first, and the size of the journal.
+memory in the second half of the trials against the first, the size of the journal, and at last how many times as much
+a trial and a report cost tunebench's driver.
 
     python benchmarks/study_overhead.py [--trials 1000] [--repeats 1] [--cpus 2] [--profile ours.prof]
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
+from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.samplers import configuration, sobol_points
 from tunebench.tuning.stage import Watching, fit
+from tunebench.tuning.tenancy import for_tune
 
 HORIZON, EVALUATIONS, GRACE, FACTOR = 400, 20, 100, 3
 RUNGS = (GRACE, GRACE * FACTOR)
@@ -154,7 +157,7 @@ def mock_trial(config: Mapping[str, Any], steps: Path) -> None:
     every = HORIZON // EVALUATIONS
     for step in range(done + every, HORIZON + 1, every):
         file.write_text(str(step))
-        tune.report(evaluation(name, step).to_plain())
+        tune.report(for_tune(evaluation(name, step).to_plain()))
 
 
 def plan_trials(run: Path, arms: list[ArmPlan], resolved: ResolvedStudy) -> JournalWriter:
@@ -251,7 +254,7 @@ def measure_here(side: str, trials: int, cpus: int, profile: str | None) -> Cost
     """Run one side in this process."""
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES)
     with tempfile.TemporaryDirectory() as folder:
-        profiler = cProfile.Profile()
+        profiler = cProfile.Profile(time.thread_time)  # of the driver's own thread, not of those of Ray
         if profile:
             profiler.enable()
         cost = SIDES[side](Path(folder), trials)
@@ -277,8 +280,9 @@ def measure(side: str, arguments: argparse.Namespace) -> Cost:
     if arguments.profile and side == "tunebench":
         command += ["--profile", arguments.profile]
     # what Ray reads when it is imported; the token as in `set_ray_environment`
-    environment = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "RAY_AUTH_MODE": "token"}
-    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**TUNE_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if side == "plain Tune":  # which would resume from its own state
+        del environment["TUNE_GLOBAL_CHECKPOINT_S"]
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -302,6 +306,16 @@ def told(side: str, cost: Cost) -> str:
     )
 
 
+def ratio(costs: Mapping[str, Sequence[Cost]]) -> str:
+    """What a trial and a report cost tunebench's driver, as times what they cost plain Tune's: medians over repeats."""
+    found = {}
+    for unit in ("trials", "reports"):
+        per_unit = {side: statistics.median(c.driver_s / getattr(c, unit) for c in of) for side, of in costs.items()}
+        found[unit] = per_unit["tunebench"] / per_unit["plain Tune"]
+    found_in = f"{len(costs['tunebench'])} repeat(s)"
+    return f"tunebench over plain Tune, {found_in}: {found['trials']:.2f} a trial, {found['reports']:.2f} a report"
+
+
 def main() -> None:
     """Measure both sides in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -314,9 +328,12 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(asdict(measure_here(arguments.side, arguments.trials, arguments.cpus, arguments.profile))))
         return
+    costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
     for _ in range(arguments.repeats):
-        for side in SIDES:
-            print(told(side, measure(side, arguments)), flush=True)
+        for side, measured in costs.items():
+            measured.append(measure(side, arguments))
+            print(told(side, measured[-1]), flush=True)
+    print(ratio(costs))
 
 
 if __name__ == "__main__":

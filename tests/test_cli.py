@@ -13,6 +13,7 @@ from tests.study.broken_studies import BROKEN, BrokenStudy, quickstart
 from tunebench.cli import BAD_INPUT, DONE, run_command
 from tunebench.study.journal import read_trials
 from tunebench.study.spec import XtbData
+from tunebench.study.status import run_status
 from tunebench.study.strict_yaml import write_yaml
 
 
@@ -200,3 +201,14 @@ def test_the_views_on_offer_are_the_views_there_are(capsys: pytest.CaptureFixtur
     assert run_command(["inspect", "study.yaml", "--fctp-view", "?"]) == BAD_INPUT
     line = capsys.readouterr().err
     assert ", ".join(f"'{view}'" for view in FctpView) in line
+
+
+def test_watch_without_a_terminal_prints_what_has_changed(
+    synthetic_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    last = run_status(synthetic_run)
+    looks = iter([{**last, "finished": False}, {**last, "finished": False}, last])
+    monkeypatch.setattr("tunebench.study.status.run_status", lambda run: next(looks))
+    assert run_command(["watch", str(synthetic_run), "--every", "0.1"]) == DONE
+    said = capsys.readouterr().out
+    assert [said.count(f": {state}\n") + said.count(f": {state} ") for state in ("not finished", "finished")] == [1, 1]

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,19 +225,27 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run until it is finished, from its journal alone; with --json a line per look."""
+    """Show the status of a run until it is finished, from its journal alone; with --json a line per look.
+
+    Without a terminal the status is printed whenever it has changed.
+    """
     from tunebench.study.status import run_status
 
-    summary = run_status(run_folder)
-    with Live(_status_table(summary), console=_stderr() if as_json else _stdout(), transient=as_json) as live:
+    console = _stderr() if as_json else _stdout()
+    shown: dict[str, Any] | None = None
+    with Live(console=console, transient=as_json) if console.is_terminal else nullcontext() as live:
         while True:
+            summary = run_status(run_folder)
             if as_json:
                 typer.echo(json.dumps(summary))
+            if live is not None:
+                live.update(_status_table(summary))
+            elif not as_json and summary != shown:
+                console.print(_status_table(summary))
             if summary["finished"]:
                 return
+            shown = summary
             time.sleep(every)
-            summary = run_status(run_folder)
-            live.update(_status_table(summary))
 
 
 @app.command()
@@ -519,9 +528,10 @@ def _plan_table(summary: dict[str, Any]) -> Table:
 
 
 def _capped(arm: dict[str, Any]) -> str:
-    """Trials of an arm, and how many there would be without its cap on device-seconds."""
+    """Trials of an arm, how many there would be without its cap on device-seconds, and how many are sentinels."""
     count, wanted = arm["trials"], arm["trials_without_cap"]
-    return str(count) if count == wanted else f"{count} of {wanted}"
+    trials = str(count) if count == wanted else f"{count} of {wanted}"
+    return f"{trials} ({arm['sentinels']} s.)" if arm["sentinels"] else trials
 
 
 def _rungs(arm: dict[str, Any]) -> str:
@@ -594,7 +604,7 @@ def _status_table(summary: dict[str, Any]) -> Table:
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective", "false stops [%]"):
         left = column in ("arm", "stage", "engine")
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+        table.add_column(column, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for row in summary["arms"]:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
         counts = (str(row[name]) for name in counted)

@@ -50,6 +50,7 @@ def test_a_run_without_sentinels_does_not_know_how_often_it_erred(little: str, m
     assert "No trial was exempt from it, so how often it erred is not known." in little
     assert "false-stop" not in little
     assert "20 sentinels chosen before the start ran to the horizon" in much
+    assert "tell how often it erred; each competing arm had 2 of them." in much
     assert "failure and false-stop rates have" in much
 
 

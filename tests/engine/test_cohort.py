@@ -63,6 +63,7 @@ class CrystalTrials:
     data: PreparedData = field(repr=False)
     runs: Path
     traces: Path
+    written_every_s: float = 0.0
     _made: Any = field(default_factory=count)
 
     def task(
@@ -101,7 +102,7 @@ class CrystalTrials:
             evaluation_steps=tuple(evaluation_steps),
             run=self.runs / f"run-{next(self._made)}",
             treats=space.treats,
-            written_every_s=0.0,
+            written_every_s=self.written_every_s,
         )
 
     def cohort(self, slots: int, like: TrialTask | None = None) -> Cohort:

@@ -88,10 +88,17 @@ def test_both_engines_measure_the_same_at_every_horizon(trials: CrystalTrials) -
     assert_same_to_rounding(by_cohort(trials, one), by_lightning(other), 1e-10)
 
 
-@pytest.mark.parametrize("reports", [2, 3])  # at its rung, and in the middle of its second horizon
-def test_a_trial_that_is_killed_goes_on_at_the_horizon_it_was_at(trials: CrystalTrials, reports: int) -> None:
+@pytest.mark.parametrize(
+    ("reports", "written_every_s"),
+    [(2, 0.0), (3, 0.0), (4, 3600.0)],
+    ids=["at its rung", "in the middle of its second horizon", "and where nothing was written for long"],
+)
+def test_a_trial_that_is_killed_goes_on_at_the_horizon_it_was_at(
+    trials: CrystalTrials, reports: int, written_every_s: float
+) -> None:
     """The first engine trains to so many reports, the other goes on from what lies on the disk."""
-    task, other = (rescaled(trials.task(evaluation_steps=STEPS)) for _ in range(2))
+    made = replace(trials, written_every_s=written_every_s)
+    task, other = (rescaled(made.task(evaluation_steps=STEPS)) for _ in range(2))
     before, expected = Reports(stop_after=reports), by_lightning(other)
     with pytest.raises(SystemExit):
         run_trial(task, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.engine.conftest import Reports
@@ -13,6 +14,7 @@ from tunebench.engine.book import TrialBook, last_evaluation
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.engine.work import NOTE, Note, Work, read_note, write_note
+from tunebench.study.record import CURVES
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,25 @@ def test_steps_that_two_kills_took_are_counted_once_each_and_change_nothing(
     assert last.lost.wall_s > 0.0
     assert measured(last) == measured(undisturbed)
     assert undisturbed.lost == Work()
+
+
+@pytest.mark.parametrize("engine", ["lightning", "cohort"])
+def test_evaluations_that_were_not_written_are_made_again_after_a_kill(
+    trials: CrystalTrials, kill_after, engine: str
+) -> None:
+    seldom = replace(trials, written_every_s=3600.0)
+    task, other = (seldom.task(evaluation_steps=(2, 4, 6, 8)) for _ in range(2))
+    kill_after(8, 7)  # the checkpoint is that of step 2
+    with pytest.raises(SystemExit):
+        train(seldom, task, engine)
+    kill_after()
+    last, undisturbed = train(seldom, task, engine), train(seldom, other, engine)
+    assert (last.lost.steps, last.spent.steps) == (5, 8)
+    assert measured(last) == measured(undisturbed)
+    for one in (task, other):
+        curve = pd.read_parquet(one.run / CURVES / f"{one.key.trial_id}.parquet")
+        assert sorted(curve.step.unique()) == [2, 4, 6, 8]
+        assert not curve.duplicated(["step", "split", "metric", "readout"]).any()
 
 
 def test_a_kill_before_the_first_evaluation_at_a_longer_horizon_takes_what_was_done_there(

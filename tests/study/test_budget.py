@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from tests.study.test_plan import ASHA, resolved
-from tunebench.study.budget import affordable, cap_of, most_device_s
+from tunebench.study.budget import affordable, arm_sentinels, cap_of, most_device_s
+from tunebench.study.decision import Fate
 from tunebench.study.extension import extend, extended
 from tunebench.study.plan import ArmPlan, plan_arms
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import StudyError
 from tunebench.study.summary import plan_summary
-from tunebench.tuning.ladder import Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 
 def capped(folder: Path, cap: float | None = 100.0, fidelity: str = "truncate", **tune: Any) -> ResolvedStudy:
@@ -52,7 +53,7 @@ def test_no_outcome_of_the_rungs_costs_more_than_was_paid_for(tmp_path: Path, fi
     assert asha is not None
     for _ in range(200):
         step_s = draw.uniform(0.1, 5.0, 9).tolist()
-        count = affordable(arm, asha, step_s, {1, 4}, 2, 60.0)
+        count = affordable(arm, asha, step_s, lambda n: {1, 4}, 2, 60.0)
         names = [f"t{index}" for index in range(count)]
         ladder = Ladder(asha, arm.rungs, names, [f"t{i}" for i in (1, 4) if i < count], fewest=2)
         spent, left, before = 0.0, names, 0
@@ -97,7 +98,7 @@ def test_an_extended_arm_pays_for_those_its_rungs_had_let_go_on_and_for_the_best
 
 def test_configurations_that_an_arm_has_stay_whatever_the_cap(tmp_path: Path) -> None:
     study = capped(tmp_path)
-    assert affordable(arm_of(study), study.study.tune.asha, [10.0] * 9, (), 2, 50.0, decided=[5]) == 5
+    assert affordable(arm_of(study), study.study.tune.asha, [10.0] * 9, lambda n: (), 2, 50.0, decided=[5]) == 5
 
 
 def test_a_cap_pays_for_fewer_configurations_of_an_arm_with_dearer_steps(tmp_path: Path) -> None:
@@ -133,3 +134,29 @@ def test_an_extension_and_an_audit_have_as_much_more_as_they_have_configurations
 def test_a_cap_that_nothing_could_keep_is_refused(tmp_path: Path, tune: dict[str, Any]) -> None:
     with pytest.raises(StudyError, match=r"tune\.device_seconds_per_arm: found 100\.0, allowed: left out"):
         capped(tmp_path, **tune)
+
+
+def test_a_cap_takes_no_sentinel_from_the_arm_with_dearer_steps(tmp_path: Path) -> None:
+    seconds = {"ethanol/adamw": 1.0, "ethanol/schedule_free": 4.0}
+    study = capped(tmp_path, 400.0, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
+    cheap, dear = plan_summary(study, seconds)["arms"]
+    assert (cheap["trials"], cheap["sentinels"]) == (32, 8)
+    assert dear["trials"] < 20
+    assert dear["sentinels"] == 8
+    assert dear["expected_tune_device_s"] <= 400.0
+
+
+def test_sentinels_are_the_same_where_no_cap_bites(tmp_path: Path) -> None:
+    study = capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
+    free = capped(tmp_path, None, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
+    arm = arm_of(study)
+    assert arm_sentinels(study.study, arm, {32: 32}) == arm_sentinels(free.study, arm, {})
+
+
+def test_an_extension_adds_as_many_sentinels_to_every_arm_and_takes_none_away(tmp_path: Path) -> None:
+    study = capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"}).study
+    arm = arm_of(capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"}))
+    drawn = [arm_sentinels(study, arm, {16: before, 32: after}) for before, after in ((16, 32), (11, 23), (9, 16))]
+    assert [len(sentinels) for sentinels in drawn] == [8 + 4] * 3
+    for sentinels, before in zip(drawn, (16, 11, 9), strict=True):
+        assert {index for index in sentinels if index < before} == arm_sentinels(study, arm, {16: before})

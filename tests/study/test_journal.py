@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages.journal import JournalFileBackend
 
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter, mend_torn_tail, read_trials
@@ -345,3 +346,17 @@ def test_an_end_that_the_disk_refuses_leaves_the_trial_open_and_can_be_written_l
     assert [record.state for record in read_trials(tmp_path)] == ["RUNNING"]
     end(journal, trial)
     assert [record.reason for record in read_trials(tmp_path)] == [Reason.FINISHED]
+
+
+def test_a_driver_that_comes_back_parses_its_journal_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_everything(tmp_path)
+    read, parses = JournalFileBackend.read_logs, list[int]()
+
+    def counted(backend: JournalFileBackend, log_number_from: int):
+        parses.append(log_number_from)
+        return read(backend, log_number_from)
+
+    monkeypatch.setattr(JournalFileBackend, "read_logs", counted)
+    again = JournalWriter(tmp_path)
+    assert again.trials() == read_trials(tmp_path)
+    assert parses.count(0) == 2, "the driver, and `read_trials` in this test"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tunebench.study.plan import plan_arms
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import StudyError
 from tunebench.study.step_times import Calibration, read_calibration, write_calibration
-from tunebench.tuning.device_budget import afforded
+from tunebench.tuning.device_budget import budgets
 
 ADAMW, FREE = "ethanol/adamw", "ethanol/schedule_free"
 
@@ -36,10 +37,11 @@ class Run:
     def calibrate(self, **seconds: float) -> None:
         write_calibration(self.folder, self.times(**seconds))
 
-    def afforded(self) -> dict[str, int]:
+    def afforded(self, **measured: float) -> dict[str, int]:
         searched: dict[str, Any] = {arm.name: [arm.space.defaults()] * arm.trials for arm in self.arms}
-        spared = {"ethanol": frozenset[int]()}
-        return afforded(self.study, {}, searched, spared, self.arms, self.folder, self.journal, self.said.append)
+        measure = partial(self.times, **measured)
+        given = budgets(self.study, searched, self.arms, self.folder, self.journal, self.said.append, measure)
+        return {name: budget.count for name, budget in given.items()}
 
 
 @pytest.fixture
@@ -63,25 +65,18 @@ def test_what_was_decided_stays_whatever_is_measured_later(make: Callable[..., R
     assert make().afforded() == before
 
 
-def test_steps_that_nobody_has_timed_are_timed_before_the_first_trial(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_nobody_has_timed_are_timed_before_the_first_trial(make: Callable[..., Run]) -> None:
     run = make()
     run.calibrate(adamw=1.0)
-    monkeypatch.setattr("tunebench.engine.solo.solo_steps", lambda *arguments: run.times(adamw=1.0, schedule_free=4.0))
-    assert run.afforded() == {ADAMW: 9, FREE: 8}
+    assert run.afforded(adamw=1.0, schedule_free=4.0) == {ADAMW: 9, FREE: 8}
     measured = read_calibration(run.folder, run.study.hash)
     assert measured is not None
     assert len(measured.steps) == 2
 
 
-def test_an_arm_that_cannot_be_timed_has_no_cap_to_be_held_against(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make()
-    monkeypatch.setattr("tunebench.engine.solo.solo_steps", lambda *arguments: run.times(adamw=1.0))
+def test_an_arm_that_cannot_be_timed_has_no_cap_to_be_held_against(make: Callable[..., Run]) -> None:
     with pytest.raises(StudyError, match=rf"found no step time for 9 configurations of {FREE}"):
-        run.afforded()
+        make().afforded(adamw=1.0)
 
 
 def test_a_cap_below_what_is_to_be_confirmed_names_the_least_and_decides_nothing(make: Callable[..., Run]) -> None:

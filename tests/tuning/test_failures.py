@@ -7,9 +7,11 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from tests.engine.conftest import MakeTask, make_task
+from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
+from tunebench.tuning.tenancy import evaluation_of
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
@@ -45,7 +47,8 @@ def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
     monkeypatch.setattr(trainable.tune, "report", reports.append)
     task = make_task()
     trainable._train_alone(replace(task, hyperparameters={}))
-    (report,) = reports
+    report = evaluation_of(reports[0])
+    assert len(reports) == 1
     assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
     assert "Traceback" in trial_log(task.run, task.key.trial_id).read_text()
 
@@ -59,3 +62,9 @@ def test_an_error_that_may_pass_is_left_to_tune_which_starts_the_trial_again(
     monkeypatch.setattr("tunebench.engine.lightning.run_trial", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
         trainable._train_alone(make_task())
+
+
+def test_a_process_that_its_watchdog_has_ended_timed_out() -> None:
+    stalled = f"its cohort is gone: {STALLED} 0:15:00, see cohort-0.stalled"
+    assert reason_of(RayTaskError("train", "Traceback", RuntimeError(stalled))) is Reason.TIMED_OUT
+    assert reason_of(stalled) is Reason.TIMED_OUT

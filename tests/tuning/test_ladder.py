@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.plan import survivors
 from tunebench.study.spec import Asha, AshaForm, AshaOrder, Tune
-from tunebench.tuning.ladder import Decision, Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 RUNGS = (1, 3, 9)
 ASYNCHRONOUS = {"order": AshaOrder.ASYNCHRONOUS}

@@ -24,6 +24,8 @@ from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
+from tunebench.tuning.tenancy import for_tune
+from tunebench.tuning.trial_log import stall_file
 
 GROUPS = [{"rule": "adamw", "tensors": 1, "parameters": 4, "settings": {}, "share": 1.0}]
 RUNG = 3
@@ -86,7 +88,7 @@ class Driver:
         self.recorder.on_trial_start(0, [], self.trial(trial))
 
     def report(self, trial: TrialKey, result: Evaluation) -> None:
-        plain = {**result.to_plain(), "training_iteration": 1, "trial_id": "ray's own"}
+        plain = {**for_tune(result.to_plain()), "training_iteration": 1, "trial_id": "ray's own"}
         self.scheduler.on_trial_result(None, self.trial(trial), plain)
         self.recorder.on_trial_result(0, [], self.trial(trial), plain)
 
@@ -295,3 +297,14 @@ def test_an_evaluation_survives_the_way_through_tune() -> None:
     for original in (evaluation(3, 0.5), replace(evaluation(3, math.inf), outcome=Reason.OOM, message="m")):
         plain = {**original.to_plain(), "date": "2026", "done": True}
         assert Evaluation.from_plain(plain) == original
+
+
+def test_a_trial_whose_own_process_was_ended_by_its_watchdog_timed_out(driver: Driver) -> None:
+    driver.start(key())
+    file = stall_file(driver.run, key().trial_id)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("Timeout (0:15:00)!\nThread 0x01 (most recent call first):\n")
+    driver.fail(key(), RayActorError(error_msg="The actor is dead because its worker process has died."))
+    record = driver.record(key())
+    assert (record.reason, record.state) == (Reason.TIMED_OUT, "FAIL")
+    assert record.detail == {"message": f"no sign of life for 0:15:00, see {file.name}"}

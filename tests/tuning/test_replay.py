@@ -11,6 +11,7 @@ import pytest
 from tests.tuning.conftest import STUDY, write_study
 from tunebench.cli import run_command
 from tunebench.engine.curves import write_curve
+from tunebench.study.decision import Fate
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import clopper_pearson, false_stops
 from tunebench.study.journal import JournalWriter
@@ -19,7 +20,7 @@ from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import resolve
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Asha, Confirm, Tune
-from tunebench.tuning.ladder import Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 from tunebench.tuning.replay import Curve, replay, replay_run
 from tunebench.tuning.run_folder import held_run
 

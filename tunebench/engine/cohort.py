@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +66,7 @@ class Cohort:
         compiled: compile the step with Inductor where it agrees with the plain graph and is faster; None does so where
             the horizon is long enough to pay for it.
         exact: compute no more rows than the power of two that covers the trials, for timing.
+        beat: called after every step and every batch of an evaluation.
 
     Raises:
         Untraceable: the model cannot be written as a function of its weights.
@@ -80,17 +81,18 @@ class Cohort:
         cache: Path | None = None,
         compiled: bool | None = None,
         exact: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         set_global_state()
         torch.backends.cuda.matmul.allow_tf32 = False  # batched products would be off by 1e-2
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
-        self._exact = exact
+        self._exact, self._beat = exact, beat
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
         model = self._shelf.module(task, training_module(task))[0].model
         self._functions = WorkloadFunctions(task, model, cache, compiled=self._compiled)
-        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE[task.device], slots))
+        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE[task.device], slots), beat)
         self._places: dict[str, Place] = {}
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -315,6 +317,7 @@ class Cohort:
             if places and not shortage:
                 made, shortage = self._step_together(places, shape)
                 stepped += made
+                self._beat()
         return stepped, shortage
 
     def _step_together(self, places: Sequence[Place], shape: BatchShape) -> tuple[list[Place], str]:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -41,11 +42,16 @@ from tunebench.workloads.order import batch_order
 _FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 16}  # reading the loss waits for a GPU
 
 
-def run_trial(task: TrialTask, report: Report) -> Evaluation:
+def run_trial(task: TrialTask, report: Report, beat: Callable[[], None] = lambda: None) -> Evaluation:
     """Train one trial to its end, or from its last checkpoint to its end, one horizon after the other.
 
     What is decided on is written (curve, TensorBoard, checkpoint) before it is reported; the last report carries the
     outcome. `report` may stop the trial with `SystemExit`, which leaves a checkpoint.
+
+    Args:
+        task: the trial.
+        report: takes every evaluation.
+        beat: called after every step and every batch of an evaluation.
 
     Returns:
         The last report.
@@ -58,13 +64,13 @@ def run_trial(task: TrialTask, report: Report) -> Evaluation:
     set_global_state()
     torch.set_num_threads(task.threads)
     _quiet_lightning()
-    trial = _Trial(task, report)
+    trial = _Trial(task, report, beat)
     reason: Reason | None = Reason.CRASHED
     try:
         outcome = trial.train()
         while outcome is None and (longer := trial.task.lengthened):
             trial.book.close(None)
-            trial = _Trial(longer, report)
+            trial = _Trial(longer, report, beat)
             outcome = trial.train()
         reason = outcome
     except SystemExit:
@@ -82,8 +88,8 @@ class _Ended(Exception):
 class _Trial(lightning.Callback):
     """State of a running trial, and the Lightning callback that evaluates it."""
 
-    def __init__(self, task: TrialTask, report: Report) -> None:
-        self.book, self.report = TrialBook(task), report
+    def __init__(self, task: TrialTask, report: Report, beat: Callable[[], None]) -> None:
+        self.book, self.report, self.beat = TrialBook(task), report, beat
         self.task = task = self.book.task
         config = training_module(task)
         weights = LossWeights.of(task.workload.loss)
@@ -152,6 +158,7 @@ class _Trial(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the step, look for divergence, evaluate where the study asks for it."""
         self.step += 1
+        self.beat()
         if self.step % _FINITE_CHECK_EVERY[self.task.device] == 0:
             loss = outputs["loss"].item()
             if not math.isfinite(loss):
@@ -207,9 +214,14 @@ class _Trial(lightning.Callback):
             batch_size=workload.evaluation_batch_size,
             collate_fn=AtomicDataDict.batched_from_list,
         )
-        batches = (on_device(batch, self.module.device) for batch in loader)
+        batches = (self._evaluated(batch) for batch in loader)
         weighed = workload.loss.stress > 0 or self.task.objective.stress > 0
         return split_errors(self.module, batches, stress=self.task.data.has_stress and weighed)
+
+    def _evaluated(self, batch: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        """A batch that is about to be evaluated; the one before it is done."""
+        self.beat()
+        return on_device(batch, self.module.device)
 
     def _frames(self, split: str) -> PreparedFrames:
         if split not in self.frames:

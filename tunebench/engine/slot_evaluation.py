@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.func import vmap
@@ -26,10 +26,11 @@ class SlotEvaluation:
     Args:
         functions: the workload on its device.
         at_once: slots in one call at most.
+        beat: called after every batch.
     """
 
-    def __init__(self, functions: WorkloadFunctions, at_once: int) -> None:
-        self._functions, self._at_once = functions, at_once
+    def __init__(self, functions: WorkloadFunctions, at_once: int, beat: Callable[[], None] = lambda: None) -> None:
+        self._functions, self._at_once, self._beat = functions, at_once, beat
         self._programs: dict[str, _BatchErrors] = {}
         self._labels: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -94,7 +95,7 @@ class SlotEvaluation:
         for name, values in rows.constants.items():
             torch.index_select(values, 0, chosen, out=program.constants[name])
         torch.stack([self._labelled(place, split) for place in places], out=program.labelled)
-        return program.over_split()
+        return program.over_split(self._beat)
 
     def _labelled(self, place: Place, split: str) -> torch.Tensor:
         """Frames of a split whose forces a trial knows, bool (frames,)."""
@@ -135,14 +136,15 @@ class _BatchErrors:
         self._sums = torch.zeros(shape, dtype=torch.float64, device=functions.device)
         self._add_batch = Replayed(self._add, functions.device)
 
-    def over_split(self) -> torch.Tensor:
-        """Sums over the whole split, float64 (slots, quantities, 3)."""
+    def over_split(self, beat: Callable[[], None]) -> torch.Tensor:
+        """Sums over the whole split, float64 (slots, quantities, 3); `beat` is called after every batch."""
         self._sums.zero_()
         for position in range(len(self._batches)):
             for key, values in self._batches[position].items():
                 self._batch[key].copy_(values)
             self._indices.copy_(self._batches.indices[position])
             self._add_batch()
+            beat()
         return self._sums.clone()
 
     def _add(self) -> None:

@@ -43,6 +43,7 @@ class TrialTask:
         device: ``cpu`` or ``cuda``.
         rule: name of the update rule; left out, that of the key, which may be another name for the same optimizer.
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
+        stalled_after_s: seconds without a step after which a process that trains this trial alone is ended; None waits.
         written_every_s: seconds between two writings of its files; the first evaluation, a rung and the end are always
             written.
         refine: how the trial is refined at the workload's horizon; None for not at all.
@@ -61,6 +62,7 @@ class TrialTask:
     device: str = "cpu"
     threads: int = 1
     time_limit_s: float | None = None
+    stalled_after_s: float | None = None
     rule: str = ""
     treats: Treats = Treats.ALL
     rungs: tuple[int, ...] = ()
@@ -218,6 +220,7 @@ def trial_task(
         device=resources.device,
         threads=resources.threads,
         time_limit_s=resources.time_limit_s,
+        stalled_after_s=resources.stalled_after_s,
         rule=arm.rule,
         treats=arm.space.treats,
         rungs=arm.rungs if key.stage is Stage.TUNE else (),

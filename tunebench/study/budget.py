@@ -8,10 +8,11 @@ of trials go on, and what an arm costs at most is known before the first step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tunebench.study.plan import ArmPlan, legs, promoted
-from tunebench.study.spec import Asha, Tune
+from tunebench.study.sentinels import capped_sentinels, sentinel_configurations
+from tunebench.study.spec import Asha, Study, Tune
 
 
 def cap_of(arm: ArmPlan, tune: Tune) -> float | None:
@@ -55,15 +56,41 @@ def affordable(
     arm: ArmPlan,
     asha: Asha | None,
     step_s: Sequence[float],
-    sentinels: Collection[int],
+    sentinels: Callable[[int], Collection[int]],
     fewest: int,
     cap_s: float,
     decided: Collection[int] = (),
 ) -> int:
-    """How many of an arm's configurations, from the first on, cost no more than a cap; other arguments as before.
+    """How many of an arm's configurations, from the first on, cost no more than a cap.
 
     Those that an arm has already stay, whatever they cost.
+
+    Args:
+        arm: the arm.
+        asha: as for `most_device_s`.
+        step_s: seconds of a step of each configuration that it would search without a cap.
+        sentinels: indices of the sentinels in an arm with so many configurations.
+        fewest: trials that a rung lets go on at least.
+        cap_s: device-seconds.
+        decided: as for `most_device_s`.
     """
     counts = range(len(step_s), max(decided, default=0), -1)
-    fits = (n for n in counts if most_device_s(arm, asha, step_s[:n], sentinels, fewest, decided) <= cap_s)
+    fits = (n for n in counts if most_device_s(arm, asha, step_s[:n], sentinels(n), fewest, decided) <= cap_s)
     return next(fits, max(decided, default=0))
+
+
+def arm_sentinels(study: Study, arm: ArmPlan, counts: Mapping[int, int]) -> frozenset[int]:
+    """Indices of an arm's sentinels: as many in every arm of a workload, and the same ones where no cap bites.
+
+    Args:
+        study: with its extension.
+        arm: the arm.
+        counts: where there is a cap, configurations of the arm by those it would have without one, at the start and
+            after each extension.
+    """
+    tune, workload = study.tune, arm.workload.name
+    if tune.device_seconds_per_arm is None:
+        drawn = sentinel_configurations(tune.asha, tune.trials_per_arm, study.seed, workload)
+        return frozenset(index for index in drawn if index < arm.trials)
+    budget = max(arm.trials // tune.trials_per_arm, 1)  # of an audit, which has the sentinels of the arm it audits
+    return capped_sentinels(tune.asha, {all_ // budget: has for all_, has in counts.items()}, study.seed, workload)

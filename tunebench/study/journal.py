@@ -41,16 +41,7 @@ def read_trials(run: Path) -> list[TrialRecord]:
     path = _journal_file(run)
     with _reading(path):
         planned = planned_trials(path)  # before the trials are read: a driver may add some in between
-        storage = _storage(_backend(path))
-        trials = [
-            _record(trial, late, study.study_name)
-            for study in storage.get_all_studies()
-            for late in [_late_decisions(study.user_attrs)]
-            for trial in storage.get_all_trials(study._study_id, deepcopy=False)
-        ]
-        if len(trials) < planned:  # Optuna leaves out what does not fit what came before
-            raise ValueError(f"{len(trials)} of {planned} trials can be read")
-        return trials
+        return _records(_storage(_backend(path)), planned)
 
 
 def read_afforded(run: Path) -> dict[str, dict[int, int]]:
@@ -100,15 +91,20 @@ class JournalWriter:
         # lets one driver in at a time and goes with its process, so what lies here is stale.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         mend_torn_tail(path)
-        if path.exists():
-            read_trials(run)  # refuses what is damaged: what a driver adds to it would not mend it
         self._backend = _BatchBackend(path)
-        self._storage = _storage(self._backend)
+        with _reading(path):
+            planned = planned_trials(path) if path.exists() else 0
+            self._storage = _storage(self._backend)
+            _records(self._storage, planned)  # refuses what is damaged: what a driver adds to it would not mend it
         self._studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         self._trials: dict[str, int] = {}
         for study_id in self._studies.values():
             for trial in self._storage.get_all_trials(study_id, deepcopy=False):
                 self._trials[trial.user_attrs["trial_id"]] = trial._trial_id
+
+    def trials(self) -> list[TrialRecord]:
+        """What `read_trials` would return, without parsing the file again."""
+        return _records(self._storage, planned=0)
 
     def add_arm(self, arm: str, attributes: Mapping[str, Any]) -> None:
         """Create the arm's Optuna study, named WORKLOAD/OPTIMIZER, with its attributes, unless they are there."""
@@ -126,10 +122,10 @@ class JournalWriter:
         """What `afford` has written; None before that."""
         return _afforded(self._storage.get_study_user_attrs(self._studies[arm])).get(wanted)
 
-    def afforded_before(self, arm: str, wanted: int) -> list[int]:
-        """What `afford` has written for smaller numbers of configurations, before the run was extended."""
+    def afforded_before(self, arm: str, wanted: int) -> dict[int, int]:
+        """What `afford` has written for smaller numbers of configurations wanted, before the run was extended."""
         written = _afforded(self._storage.get_study_user_attrs(self._studies[arm]))
-        return [written[number] for number in sorted(written) if number < wanted]
+        return {number: written[number] for number in sorted(written) if number < wanted}
 
     def plan(
         self,
@@ -163,12 +159,14 @@ class JournalWriter:
 
     def start(self, key: TrialKey, groups: list[dict[str, Any]] | None = None, engine: str | None = None) -> None:
         """Mark a trial as running and, once known, write its engine and its realised parameter groups."""
-        if self._trial(key).state == TrialState.WAITING:
-            self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
-        if engine and self._trial(key).user_attrs.get("engine") != engine:
-            self._set(key, "engine", engine)
-        if groups and not self._trial(key).user_attrs.get("groups"):
-            self._set(key, "groups", groups)
+        trial = self._trial(key)
+        with self._backend.batch():
+            if trial.state == TrialState.WAITING:
+                self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
+            if engine and trial.user_attrs.get("engine") != engine:
+                self._set(key, "engine", engine)
+            if groups and not trial.user_attrs.get("groups"):
+                self._set(key, "groups", groups)
 
     def decide(self, key: TrialKey, decision: Mapping[str, Any]) -> None:
         """Write what a rung said of a trial; a rung decides once.
@@ -239,7 +237,8 @@ class _BatchBackend(JournalFileBackend):
         try:
             yield
             held, self._held = self._held, None
-            super().append_logs(held)
+            if held:
+                super().append_logs(held)
         finally:
             self._held = None
 
@@ -283,6 +282,23 @@ def _storage(backend: JournalFileBackend) -> JournalStorage:
 
 def _backend(path: Path) -> JournalFileBackend:
     return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+
+
+def _records(storage: JournalStorage, planned: int) -> list[TrialRecord]:
+    """All trials arm by arm.
+
+    Raises:
+        ValueError: one that no driver could have written, or fewer than were planned.
+    """
+    trials = [
+        _record(trial, late, study.study_name)
+        for study in storage.get_all_studies()
+        for late in [_late_decisions(study.user_attrs)]
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False)
+    ]
+    if len(trials) < planned:  # Optuna leaves out what does not fit what came before
+        raise ValueError(f"{len(trials)} of {planned} trials can be read")
+    return trials
 
 
 def _afforded(arm: Mapping[str, Any]) -> dict[int, int]:

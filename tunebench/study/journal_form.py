@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from optuna.storages.journal._storage import JournalOperation  # no public name for the entries of a journal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tunebench.study.decision import Decision
 from tunebench.study.record import Reason, Stage
 
 
@@ -26,16 +27,6 @@ class _Key(_Form):
     stage: Annotated[Stage, Field(strict=False)]
     config_index: int
     seed_index: int
-
-
-class _Decision(_Form):
-    trial: str
-    rung: int
-    value: float
-    cutoff: float
-    competitors: int
-    goes_on: bool
-    sentinel: bool = False
 
 
 class _Detail(_Form):
@@ -70,7 +61,7 @@ class _Trial(_Form):
     detail: _Detail = _Detail()
     ledger: _Ledger = _Ledger(steps=0, wall_s=0.0, device_s=0.0, attempts=0)
     groups: list[_Group] = Field(default_factory=list)
-    decisions: list[_Decision] = Field(default_factory=list)
+    decisions: list[Decision] = Field(default_factory=list)
     result: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
 
 

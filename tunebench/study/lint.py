@@ -263,7 +263,7 @@ def _sentinels(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
         return _WARN, reason, f"tune.asha.sentinels: auto, with {FEWEST} trials per arm or more"
     if count == tune.trials_per_arm:
         return _WARN, f"all {count} trials of an arm are sentinels: nothing is stopped", "more trials_per_arm"
-    capped = "; an arm that its cap cuts short has fewer" if tune.device_seconds_per_arm else ""
+    capped = "; an arm that its cap cuts short has as many" if tune.device_seconds_per_arm else ""
     return _PASS, f"{count} of {tune.trials_per_arm} trials of every arm are never stopped{capped}", ""
 
 

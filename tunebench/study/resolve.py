@@ -134,9 +134,12 @@ def _space_of(arm: Arm, space: SearchSpace) -> SearchSpace:
 
 
 def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
-    """Search spaces count by what they say, not by where their files lie; who trains a trial does not count."""
+    """Search spaces count by what they say, not by where their files lie.
+
+    Who trains a trial does not count, nor how long one waits for who does not train any more.
+    """
     data: dict[str, Any] = study.model_dump(mode="json")
-    del data["engine"], data["resources"]["slots"]
+    del data["engine"], data["resources"]["slots"], data["resources"]["stalled_after_s"]
     if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
         del data["confirm"]["refine"]
     for arm in data["optimizers"]:

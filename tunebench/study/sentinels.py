@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -30,5 +31,32 @@ def sentinel_configurations(asha: Asha | None, trials: int, root: int, workload:
         root: the study's seed; the draw has the named seed ``sentinels``.
         workload: its name.
     """
-    order = np.random.default_rng(named_seed(root, "sentinels", workload)).permutation(trials)
-    return frozenset(int(index) for index in order[: sentinel_count(asha, trials)])
+    order = _order(trials, root, workload)
+    return frozenset(order[: sentinel_count(asha, trials)])
+
+
+def capped_sentinels(asha: Asha | None, counts: Mapping[int, int], root: int, workload: str) -> frozenset[int]:
+    """Indices of the sentinels of an arm that has fewer configurations than its study says.
+
+    A cap on device-seconds takes no sentinel from an arm: it has as many as an arm without a cap, drawn among its own
+    configurations. Each extension adds sentinels for its share of all configurations, the same number in every arm.
+
+    Args:
+        asha: how the study stops; None has no sentinels.
+        counts: configurations of the arm by those of an arm without a cap, at the start and after each extension.
+        root: the study's seed; the draw has the named seed ``sentinels``.
+        workload: its name.
+    """
+    found: set[int] = set()
+    wanted_before = has_before = 0
+    for wanted, has in sorted(counts.items()):
+        share = (wanted - wanted_before) / wanted
+        new = [index for index in _order(wanted, root, workload) if has_before <= index < has]
+        found.update(new[: math.ceil(share * sentinel_count(asha, wanted))])
+        wanted_before, has_before = wanted, has
+    return frozenset(found)
+
+
+def _order(trials: int, root: int, workload: str) -> list[int]:
+    draw = np.random.default_rng(named_seed(root, "sentinels", workload))
+    return [int(index) for index in draw.permutation(trials)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from tunebench.study.budget import affordable, cap_of
+from tunebench.study.budget import affordable, arm_sentinels, cap_of
 from tunebench.study.plan import ArmPlan, plan_arms, survivors, tune_steps
 from tunebench.study.resolve import ResolvedStudy
-from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
 
 
@@ -44,7 +44,9 @@ def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dic
     """One arm; under a cap it has as many trials as that pays for if all of them take the measured step."""
     study, horizon = resolved.study, planned.workload.max_steps
     arm = _within_cap(resolved, planned, step_s)
-    tune = study.tune.model_copy(update={"trials_per_arm": arm.trials})
+    sentinels = len(_sentinels(resolved, planned, arm.trials))
+    asha = study.tune.asha and study.tune.asha.model_copy(update={"sentinels": sentinels})
+    tune = study.tune.model_copy(update={"trials_per_arm": arm.trials, "asha": asha})
     fewest = min(study.confirm.top_k, arm.trials)
     confirm_trials = fewest * study.confirm.seeds
     steps = {
@@ -55,6 +57,7 @@ def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dic
         "arm": arm.name,
         "trials": arm.trials,
         "trials_without_cap": planned.trials,
+        "sentinels": sentinels if arm.rungs else 0,
         "cap_device_s": cap_of(planned, study.tune),
         "confirm_trials": confirm_trials,
         "horizon_steps": horizon,
@@ -75,9 +78,14 @@ def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None) -> 
     tune, cap = resolved.study.tune, cap_of(arm, resolved.study.tune)
     if cap is None or step_s is None:
         return arm
-    sentinels = sentinel_configurations(tune.asha, tune.trials_per_arm, resolved.study.seed, arm.workload.name)
-    times = [step_s] * arm.trials
-    return replace(arm, trials=affordable(arm, tune.asha, times, sentinels, resolved.study.confirm.top_k, cap))
+    times, fewest = [step_s] * arm.trials, resolved.study.confirm.top_k
+    drawn = partial(_sentinels, resolved, arm)
+    return replace(arm, trials=affordable(arm, tune.asha, times, drawn, fewest, cap))
+
+
+def _sentinels(resolved: ResolvedStudy, arm: ArmPlan, trials: int) -> frozenset[int]:
+    """The sentinels of an arm that has so many trials at its start."""
+    return arm_sentinels(resolved.study, arm, {arm.trials: trials})
 
 
 def _engine(engines: Mapping[str, Mapping[str, Any]], arm: ArmPlan) -> dict[str, Any]:

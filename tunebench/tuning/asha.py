@@ -14,9 +14,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tunebench.study.control import Wish
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.record import TrialKey, TrialRecord
 from tunebench.study.spec import Asha
-from tunebench.tuning.ladder import Decision, Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 _ACTIONS = {
     Fate.GO_ON: TrialScheduler.CONTINUE,
@@ -75,6 +76,7 @@ class PerArmAsha(FIFOScheduler):
         self._ladders, self._key_of, self._room_for, self._wish = ladders, key_of, room_for, wish
         self._held: set[str] = set()
         self._at_rung: dict[str, int] = {}
+        self._changed = True  # a waiting trial may go on or is to stop
         self._undelivered = [decision for ladder in ladders.values() for decision in ladder.settle()]
 
     def new_decisions(self) -> list[Decision]:
@@ -97,6 +99,7 @@ class PerArmAsha(FIFOScheduler):
         action = self._at_evaluation(self._key_of(trial.config["trial"]), result)
         if action == TrialScheduler.CONTINUE and result["outcome"] is None and self._wish() is Wish.PAUSE:
             self._held.add(trial.config["trial"])
+            self._changed = True
             return str(TrialScheduler.PAUSE)
         return action
 
@@ -105,11 +108,11 @@ class PerArmAsha(FIFOScheduler):
         if ladder is None:
             return str(TrialScheduler.CONTINUE)
         if result["outcome"] is not None:
-            self._undelivered += ladder.end(key.trial_id)
+            self._take_in(ladder.end(key.trial_id))
             return str(TrialScheduler.CONTINUE)
         if not result["at_rung"]:
             return str(TrialScheduler.CONTINUE)
-        self._undelivered += ladder.arrive(key.trial_id, result["step"], result["objective"])
+        self._take_in(ladder.arrive(key.trial_id, result["step"], result["objective"]))
         fate = ladder.fate(key.trial_id, result["step"])
         if fate is Fate.WAIT:
             self._at_rung[key.trial_id] = result["step"]
@@ -123,7 +126,7 @@ class PerArmAsha(FIFOScheduler):
         """A trial failed for good and will reach no further rung."""
         ladder = self._ladders.get(self._key_of(trial_id).arm)
         if ladder is not None:
-            self._undelivered += ladder.end(trial_id)
+            self._take_in(ladder.end(trial_id))
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has ended."""
@@ -135,22 +138,31 @@ class PerArmAsha(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
+        trials = tune_controller.get_trials()  # every trial of the study, at every step of Tune
+        if self._changed:
+            promoted = self._promoted(tune_controller, trials)
+            self._changed = bool(self._held) or any(self._fate(name) is not Fate.WAIT for name in self._at_rung)
+            if promoted is not None:
+                return promoted
+        return next((trial for trial in trials if trial.status == Trial.PENDING), None)
+
+    def _promoted(self, tune_controller: Any, trials: Iterable[Trial]) -> Trial | None:
         by_status: dict[str, list[Trial]] = {status: [] for status in (Trial.PAUSED, Trial.RUNNING, Trial.PENDING)}
-        for trial in tune_controller.get_trials():  # every trial of the study, at every step of Tune: one look at each
+        for trial in trials:
             if trial.status in by_status:
                 by_status[trial.status].append(trial)
-        paused, pending = by_status[Trial.PAUSED], by_status[Trial.PENDING]
-        for trial in paused:
-            if self._fate(trial) is Fate.STOP:
+        for trial in by_status[Trial.PAUSED]:
+            if self._fate(trial.config["trial"]) is Fate.STOP:
                 tune_controller.stop_trial(trial)
-        promoted = [trial for trial in paused if self._may_go_on(trial)]
+        promoted = [trial for trial in by_status[Trial.PAUSED] if self._may_go_on(trial)]
         if promoted:
-            active = {trial.config["trial"] for trial in (*by_status[Trial.RUNNING], *pending)} - self.waiting
+            busy = (*by_status[Trial.RUNNING], *by_status[Trial.PENDING])
+            active = {trial.config["trial"] for trial in busy} - self.waiting
             for trial in promoted:
                 if self._room_for(trial.config["trial"], active):
                     self._forget(trial)
                     return trial
-        return pending[0] if pending else None
+        return None
 
     def debug_string(self) -> str:
         """One line per arm: rung and number of trials seen there."""
@@ -159,8 +171,11 @@ class PerArmAsha(FIFOScheduler):
             for arm, ladder in self._ladders.items()
         )
 
-    def _fate(self, trial: Trial) -> Fate:
-        name = trial.config["trial"]
+    def _take_in(self, decisions: list[Decision]) -> None:
+        self._undelivered += decisions
+        self._changed |= bool(decisions)
+
+    def _fate(self, name: str) -> Fate:
         if name not in self._at_rung:
             return Fate.WAIT
         return self._ladders[self._key_of(name).arm].fate(name, self._at_rung[name])
@@ -168,7 +183,7 @@ class PerArmAsha(FIFOScheduler):
     def _may_go_on(self, trial: Trial) -> bool:
         if self._wish() is not Wish.RESUME:
             return False
-        return trial.config["trial"] in self._held or self._fate(trial) is Fate.GO_ON
+        return trial.config["trial"] in self._held or self._fate(trial.config["trial"]) is Fate.GO_ON
 
     def _forget(self, trial: Trial) -> None:
         self._at_rung.pop(trial.config["trial"], None)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 
 from tunebench.engine.task import TrialTask
+from tunebench.engine.watchdog import Watchdog
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.trial_log import log_to
 from tunebench.workloads.data import graphs_folder
@@ -48,9 +49,12 @@ class CohortActor:
         pool: is told when a trial has left and when the cohort has broken.
         threads: of the device's CPU work.
         log_file: for what belongs to no single trial.
+        stalled_after_s: as the study says. stall: file of its watchdog.
     """
 
-    def __init__(self, number: int, pool: Handle, threads: int, log_file: Path) -> None:
+    def __init__(
+        self, number: int, pool: Handle, threads: int, log_file: Path, stalled_after_s: float | None, stall: Path
+    ) -> None:
         from tunebench.tuning.cohort_loop import CohortLoop  # imports torch and NequIP, in this process only
 
         self._number, self._pool = number, pool
@@ -58,7 +62,13 @@ class CohortActor:
         self._events: asyncio.AbstractEventLoop | None = None
         self._keeps_log = log_to(log_file)
         self._keeps_log.__enter__()
-        self._cohort = CohortLoop(report=self._pass_on, resized=self._resized, broke=self._broke, threads=threads)
+        self._cohort = CohortLoop(
+            report=self._pass_on,
+            resized=self._resized,
+            broke=self._broke,
+            threads=threads,
+            watchdog=Watchdog(stalled_after_s, stall),
+        )
         self._cohort.start()
 
     async def open(self, task: TrialTask, slots: int | None, most: int) -> int:

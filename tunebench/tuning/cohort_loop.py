@@ -26,6 +26,7 @@ from tunebench.engine.book import REPEATABLE, TrialBook, crashed, last_evaluatio
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.slots import automatic_slots
 from tunebench.engine.task import Evaluation, TrialTask
+from tunebench.engine.watchdog import Watchdog
 from tunebench.optim.realised import BrokenPromise
 from tunebench.study.record import Reason
 from tunebench.tuning.trial_log import log_to, trial_log
@@ -80,6 +81,7 @@ class CohortLoop:
         resized: takes the number of slots that are left where memory was too small for all, in the thread.
         broke: takes the end of the thread, in the thread.
         threads: of the device's CPU work.
+        watchdog: looks after the thread's steps.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class CohortLoop:
         resized: Callable[[int], None],
         broke: Callable[[Breakdown], None],
         threads: int,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._report, self._resized, self._broke, self._threads = report, resized, broke, threads
+        self._watchdog = watchdog or Watchdog()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cohort: Cohort | None = None
         self._tasks: dict[str, TrialTask] = {}
@@ -147,8 +151,9 @@ class CohortLoop:
         torch.set_num_threads(self._threads)
         self._cohort = None
         self._stretch_s = None
+        self._watchdog.prepare()
         slots = slots or automatic_slots(task, most=max(min(most, _MOST_SLOTS), 1))
-        self._cohort = Cohort(task, slots, cache=cache)
+        self._cohort = Cohort(task, slots, cache=cache, beat=self._watchdog.beat)
         return slots
 
     def expect(self, trials: int) -> None:
@@ -218,6 +223,7 @@ class CohortLoop:
         except _Ended:
             return
         except BaseException as error:  # whatever broke the step breaks it for every trial
+            self._watchdog.rest()
             log.error("the cohort broke\n%s", traceback.format_exc())
             self._broke(self._breakdown(error))
 
@@ -226,10 +232,13 @@ class CohortLoop:
         since = time.monotonic()
         while True:
             left = self._time_left(since)
+            self._watchdog.rest()
             try:
                 work = self._work.get(block=left != 0.0, timeout=left or None)
             except queue.Empty:
                 return
+            finally:
+                self._watchdog.beat()
             work()
 
     def _time_left(self, since: float) -> float | None:

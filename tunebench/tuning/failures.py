@@ -1,9 +1,10 @@
-"""Why Tune lost a trial, told by the error it keeps: a crash of its own, lack of memory, or a node that went away."""
+"""Why Tune lost a trial, told by the error it keeps: a crash of its own, a stall, lack of memory, or a lost node."""
 
 from __future__ import annotations
 
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 
 # Ray 2.60 says so in the text of the error alone, which is also what comes back through Tune's files.
@@ -12,7 +13,7 @@ _NODE_GONE = "its node has died"
 
 
 def reason_of(error: object) -> Reason:
-    """OOM, PREEMPTED or CRASHED.
+    """OOM, PREEMPTED, TIMED_OUT for a process that its watchdog has ended, or CRASHED.
 
     Args:
         error: Tune's error, its text, or None where the process died without one.
@@ -20,6 +21,8 @@ def reason_of(error: object) -> Reason:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, OutOfMemoryError | MemoryError) or _LOW_MEMORY in str(cause):
         return Reason.OOM
+    if STALLED in str(cause):
+        return Reason.TIMED_OUT
     return Reason.PREEMPTED if node_is_gone(cause) else Reason.CRASHED
 
 

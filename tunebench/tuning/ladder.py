@@ -14,51 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.spec import Asha, AshaForm, AshaOrder
-
-
-class Fate(StrEnum):
-    """What a trial at a rung does."""
-
-    GO_ON = "go_on"
-    WAIT = "wait"
-    STOP = "stop"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a rung says of a trial.
-
-    Attributes:
-        trial: its id.
-        rung: step.
-        value: its objective there; infinite where it was not finite.
-        cutoff: the largest objective that goes on; infinite where no objective was finite.
-        competitors: trials it was compared with, itself included, those that ended before the rung among them.
-        goes_on: whether it is among the best.
-        sentinel: whether it goes on all the same.
-    """
-
-    trial: str
-    rung: int
-    value: float
-    cutoff: float
-    competitors: int
-    goes_on: bool
-    sentinel: bool = False
-
-    @property
-    def fate(self) -> Fate:
-        """What the trial does."""
-        return Fate.GO_ON if self.goes_on or self.sentinel else Fate.STOP
-
-    def to_plain(self) -> dict[str, Any]:
-        """Numbers, strings and truth values only."""
-        return asdict(self)
 
 
 class Ladder:
@@ -98,7 +57,7 @@ class Ladder:
         Returns:
             Everything that is now decided and was not before, also about others.
         """
-        self._values[rung].setdefault(trial, value if math.isfinite(value) else math.inf)
+        self._values[rung].setdefault(trial, float(value) if math.isfinite(value) else math.inf)
         if self._asha.form is AshaForm.STOPPING:
             return self._judged(trial, rung)
         return self._settled()
@@ -116,7 +75,7 @@ class Ladder:
             if rung in self._values:
                 self._values[rung][trial] = value
         for plain in decisions:
-            decision = Decision(**plain)
+            decision = Decision.model_validate(plain)
             if decision.rung in self._decisions:
                 self._values[decision.rung][trial] = decision.value
                 self._decisions[decision.rung][trial] = decision

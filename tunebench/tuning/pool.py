@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
+from tunebench.engine.watchdog import why_ended
 from tunebench.study.spec import Resources
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.failures import node_is_gone
@@ -237,9 +238,11 @@ class Pool:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(device.threads)}},
         }
         this = ray.get_runtime_context().current_actor
-        log_file = self._logs / f"cohort-{number}.log"
+        log_file, stall = self._logs / f"cohort-{number}.log", self._stall_file(number)
+        stall.unlink(missing_ok=True)  # of an earlier start of the study
         actor_class: Any = ray.remote(CohortActor)
-        actor = actor_class.options(**options).remote(number, this, device.threads, log_file)
+        limit_s = self._resources.stalled_after_s
+        actor = actor_class.options(**options).remote(number, this, device.threads, log_file, limit_s, stall)
         self._cohorts[number] = _Cohort(device, actor)
         self._later(self._tend(number, actor))
 
@@ -251,7 +254,12 @@ class Pool:
             self._move()
             await actor.lives.remote()
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
-            self._lose(number, _End(_one_line(error), again=node_is_gone(error)))  # no trial's fault
+            stalled = why_ended(self._stall_file(number))
+            again = not stalled and node_is_gone(error)  # no trial's fault
+            self._lose(number, _End(stalled or _one_line(error), again=again))
+
+    def _stall_file(self, number: int) -> Path:
+        return self._logs / f"cohort-{number}.stalled"
 
     def _give_back(self) -> None:
         """End cohorts that have nothing to do, where others wait for devices."""

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # its own state is of no use: a study resumes from its journal
+}
+
 
 def set_ray_environment(address: str | None) -> None:
     """Prepare a process that has not imported Ray yet.
@@ -19,8 +25,8 @@ def set_ray_environment(address: str | None) -> None:
     otherwise leave one in the user's home folder, which then locks the next `ray start` (Ray 2.59 and later). A
     cluster that is joined keeps its own authentication.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    for name, value in TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # tenants of a cohort are many for each core; with one at a time for each core Ray warns of them on the screen
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")

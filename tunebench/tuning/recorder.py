@@ -14,14 +14,17 @@ from ray.tune.experiment import Trial
 from tunebench.engine.book import last_evaluation, with_losses
 from tunebench.engine.checkpoints import checkpoint_folder, drop_checkpoints
 from tunebench.engine.task import Evaluation
+from tunebench.engine.watchdog import why_ended
+from tunebench.study.decision import Decision, Fate
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
 from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.failures import reason_of
-from tunebench.tuning.ladder import Decision, Fate
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import disk_is_full
+from tunebench.tuning.tenancy import evaluation_of
+from tunebench.tuning.trial_log import stall_file
 
 
 class Recorder(Callback):
@@ -37,7 +40,7 @@ class Recorder(Callback):
         left: called with a trial that waits or was stopped at a rung and with what came with its report, so that its
             slot gets free at once.
         stopped: called with the key of a trial that was stopped and its last evaluation.
-        obey: called after every step of Tune with the number of trials that train or are about to.
+        obey: called after every step of Tune with what counts the trials that train or are about to.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Recorder(Callback):
         engines: Mapping[str, str],
         left: Callable[[str, Mapping[str, Any]], None] = lambda trial, result: None,
         stopped: Callable[[TrialKey, Evaluation], None] = lambda key, last: None,
-        obey: Callable[[int], None] = lambda active: None,
+        obey: Callable[[Callable[[], int]], None] = lambda active: None,
     ) -> None:
         self._left, self._stopped, self._obey = left, stopped, obey
         self._journal, self._scheduler, self._keys = journal, scheduler, keys
@@ -73,7 +76,7 @@ class Recorder(Callback):
     ) -> None:
         """Keep an evaluation; close the trial where it ended or was stopped."""
         key = self._key(trial)
-        evaluation = Evaluation.from_plain(result)
+        evaluation = Evaluation.from_plain(evaluation_of(result))
         self._last[key.trial_id] = evaluation
         if evaluation.groups:
             self._journal.start(key, evaluation.groups)
@@ -93,9 +96,12 @@ class Recorder(Callback):
         Raises:
             Interrupted: it was asked to end.
         """
+        self._obey(lambda: self._active(trials))
+
+    def _active(self, trials: list[Trial]) -> int:
         waiting = self._scheduler.waiting
         going = (t for t in trials if t.status in (Trial.RUNNING, Trial.PENDING))
-        self._obey(sum(trial.config["trial"] not in waiting for trial in going))
+        return sum(trial.config["trial"] not in waiting for trial in going)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close a trial that was stopped while it waited at its rung."""
@@ -107,12 +113,13 @@ class Recorder(Callback):
         Raises:
             RunStopped: the disk is full; the trial stays open.
         """
-        error = trial.get_error() or _error_beside_tune(trial)
+        key = self._key(trial)
+        stall = why_ended(stall_file(self._progress.run, key.trial_id))
+        error = stall or _error_beside_tune(trial) or trial.get_error()
         cause = getattr(error, "cause", None) or error or "the trial's process died"
         lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
         if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
             raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
-        key = self._key(trial)
         self._scheduler.gave_up(key.trial_id)
         self._write_decisions()
         self._count_crash(key)
@@ -165,9 +172,14 @@ class Recorder(Callback):
 
 
 def _error_beside_tune(trial: Trial) -> str | None:
-    """The error as Tune keeps it on this machine; `get_error` reads a copy that may be ten seconds behind."""
+    """The last error as Tune keeps it on this machine, one after the other.
+
+    `get_error` reads a copy that may be of an earlier failure.
+    """
     file = getattr(trial, "error_file", None)
-    return Path(file).read_text(encoding="utf-8") if file and Path(file).is_file() else None
+    if not file or not Path(file).is_file():
+        return None
+    return Path(file).read_text(encoding="utf-8").rpartition("Failure # ")[2]
 
 
 def _detail(decision: Decision) -> dict[str, Any]:

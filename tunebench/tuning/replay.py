@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tunebench.study.decision import Fate
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import clopper_pearson, false_stops
 from tunebench.study.journal import read_trials
@@ -23,7 +24,7 @@ from tunebench.study.plan import ArmPlan, legs, plan_arms, rung_steps
 from tunebench.study.record import CURVES, Metric, Reason, Split, Stage, TrialRecord
 from tunebench.study.resolve import load_run
 from tunebench.study.spec import Asha, AshaForm, AshaOrder, Fidelity, Objective
-from tunebench.tuning.ladder import Fate, Ladder
+from tunebench.tuning.ladder import Ladder
 
 Curve = Mapping[int, float]
 """Objective by step, lower is better; the last step is the horizon."""

@@ -25,10 +25,10 @@ from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.seeds import named_seed
-from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Sampler
+from tunebench.study.step_times import Calibration
 from tunebench.tuning.arm_boards import ArmBoards
-from tunebench.tuning.device_budget import Searched, afforded
+from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
@@ -112,11 +112,6 @@ class _Run:
         self._resolved, self._study, self._options = resolved, resolved.study, options
         self._data, self._console = data, console
         self._arms = plan_arms(resolved)
-        tune = self._study.tune
-        self._sentinels = {
-            workload.name: sentinel_configurations(tune.asha, tune.trials_per_arm, self._study.seed, workload.name)
-            for workload in self._study.workloads
-        }
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
         self._boards = ArmBoards(options.run, self._arms, console)
@@ -132,7 +127,7 @@ class _Run:
     def _sweep(self) -> None:
         """Delete what a killed driver had no time to delete."""
         dropped = retention(self._study.keep_checkpoints)
-        for record in read_trials(self._options.run):
+        for record in self._journal.trials():
             if record.reason is not None and dropped(record.key):
                 drop_checkpoints(self._options.run, record.key.trial_id)
         for leftover in self._options.run.glob(f"{BUILDING}*"):
@@ -150,7 +145,7 @@ class _Run:
 
     def confirm(self) -> None:
         """Confirm stage: the best configurations of every arm with fresh seeds, to the horizon, without stopping."""
-        records = read_trials(self._options.run)
+        records = self._journal.trials()
         for arm in self._arms:
             for record in best_configurations(records, arm.name, self._study.confirm.top_k):
                 for seed_index in range(self._study.confirm.seeds):
@@ -170,35 +165,36 @@ class _Run:
             arm.name: [configuration(arm.space, point) for point in points[arm.workload.name][: arm.trials]]
             for arm in self._arms
         }
-        afforded = self._afforded(searched)
-        for index in range(count):
-            for arm in self._arms:
-                if index < afforded[arm.name]:
-                    point = points[arm.workload.name][index]
-                    own = {name: point[name] for name in arm.space.parameters}
-                    self._plan(arm, arm.key(Stage.TUNE, index, 0), searched[arm.name][index], own)
-
-    def _afforded(self, searched: Searched) -> dict[str, int]:
-        """Configurations of each arm that its device-seconds pay for."""
-        # an extension draws anew; who was a sentinel before stays one
-        before = [record.key for record in read_trials(self._options.run) if record.sentinel]
-        drawn = {
-            workload: indices | {key.config_index for key in before if key.workload == workload}
-            for workload, indices in self._sentinels.items()
-        }
-        return afforded(
+        given = budgets(
             self._resolved,
-            self._data,
             searched,
-            drawn,
             self._arms,
             self._options.run,
             self._journal,
-            lambda line: self._console.print(line, highlight=False, soft_wrap=True, markup=False),
+            self._say,
+            lambda: self._measured(searched),
         )
+        for index in range(count):
+            for arm in self._arms:
+                if index < given[arm.name].count:
+                    point = points[arm.workload.name][index]
+                    own = {name: point[name] for name in arm.space.parameters}
+                    params, sentinel = searched[arm.name][index], index in given[arm.name].sentinels
+                    self._plan(arm, arm.key(Stage.TUNE, index, 0), params, own, sentinel=sentinel)
+
+    def _measured(self, searched: Searched) -> Calibration:
+        """Times of the steps that are searched, measured on a device of the kind that the trials will have."""
+        set_ray_environment(self._options.address)
+        from tunebench.tuning.step_measurement import measured_steps  # imports Ray, which reads its environment now
+
+        options = self._options
+        return measured_steps(self._resolved, self._data, searched, options.run, options.address, self._console)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _plan_tpe(self, number: int) -> None:
-        records = read_trials(self._options.run)
+        records = self._journal.trials()
         for arm in self._arms:
             planned = _round(number, arm.trials)
             of_arm = [record for record in records if record.key.arm == arm.name and record.key.stage is Stage.TUNE]
@@ -209,11 +205,18 @@ class _Run:
             for index, params in zip(planned, tpe_configurations(arm.space, earlier, len(planned), seed), strict=True):
                 self._plan(arm, arm.key(Stage.TUNE, index, 0), params)
 
-    def _plan(self, arm: ArmPlan, key: TrialKey, params: dict[str, Any], point: dict[str, float] | None = None) -> None:
+    def _plan(
+        self,
+        arm: ArmPlan,
+        key: TrialKey,
+        params: dict[str, Any],
+        point: dict[str, float] | None = None,
+        *,
+        sentinel: bool = False,
+    ) -> None:
         distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
         seeds = trial_seeds(self._study.seed, arm.workload.name, key.stage, key.seed_index)
         data_hash = self._data[arm.workload.name].hash
-        sentinel = key.stage is Stage.TUNE and key.config_index in self._sentinels[arm.workload.name]
         self._journal.plan(key, params, distributions, seeds, data_hash, sentinel=sentinel, point=point)
 
     def _run_stage(self, stage: Stage) -> None:
@@ -222,12 +225,12 @@ class _Run:
             self._run_open_trials(stage)
         finally:
             self._boards.show()
-        left = [r for r in read_trials(self._options.run) if r.key.stage is stage and r.reason is None]
+        left = [r for r in self._journal.trials() if r.key.stage is stage and r.reason is None]
         if left:
             raise Interrupted(f"{len(left)} trials of the {stage} stage have not ended")
 
     def _run_open_trials(self, stage: Stage) -> None:
-        records = [record for record in read_trials(self._options.run) if record.key.stage is stage]
+        records = [record for record in self._journal.trials() if record.key.stage is stage]
         tasks = {record.key.trial_id: self._task(record) for record in records if record.reason is None}
         if tasks:
             self._choose_engines({task.workload.name for task in tasks.values()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +156,8 @@ class _Orders:
     """What was asked of the run, as its stage obeys it."""
 
     def __init__(self, run: Path) -> None:
-        self._run, self._active = run, 0
+        self._run = run
+        self._active: Callable[[], int] = int  # none, before the first step
         self.wish = Control(run).wish
 
     def closed(self) -> bool:
@@ -168,8 +169,8 @@ class _Orders:
         self.obey(self._active)
         return self.wish() is not Wish.RESUME
 
-    def obey(self, active: int) -> None:
-        """End the run where that is asked: at once, or with the last of its active trials.
+    def obey(self, active: Callable[[], int]) -> None:
+        """End the run where that is asked: at once, or with the last of its active trials, which `active` counts.
 
         Raises:
             Interrupted: it ends; its state is kept.
@@ -177,7 +178,7 @@ class _Orders:
         self._active = active
         if self.wish() is Wish.CANCEL:
             raise Interrupted(f"{self._run}: cancelled; `tunebench resume` lets `tunebench run` go on")
-        if self.wish() is Wish.DRAIN and not active:
+        if self.wish() is Wish.DRAIN and not active():
             raise Interrupted(f"{self._run}: drained; `tunebench run` goes on")
 
 

@@ -5,8 +5,10 @@ The tenant asks the pool for a place, passes the cohort's reports to Tune and Tu
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,26 @@ log = logging.getLogger(__name__)
 VISIT = "visit"
 """Key of a report that names the stay in a slot: a trial that was paused may come back before it is known to have left.
 """
+
+
+_READ_BY_SCHEDULER = ("step", "objective", "outcome", "at_rung")
+EVALUATION = "evaluation"
+"""Key of a report that holds the whole evaluation as JSON."""
+
+
+def for_tune(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain evaluation as Tune is to report it, which `evaluation_of` turns back.
+
+    Tune (2.60) flattens every report and follows each number in it through its averages, which took a third of the
+    driver's time on the processor.
+    """
+    return {name: evaluation[name] for name in _READ_BY_SCHEDULER} | {EVALUATION: json.dumps(evaluation)}
+
+
+def evaluation_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain evaluation in a report of Tune."""
+    found: dict[str, Any] = json.loads(report[EVALUATION])
+    return found
 
 
 class CohortLost(Exception):
@@ -45,7 +67,7 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
             except RayActorError:
                 fate = _call(pool.fate.remote(number, trial))
             if fate.report is not None:
-                tune.report(fate.report)
+                tune.report(for_tune(fate.report))
                 return
             if not fate.again:
                 raise CohortLost(f"its cohort is gone: {fate.message}")
@@ -57,7 +79,7 @@ def _stay(trial: str, cohort: Handle, visit: str) -> None:
     try:
         while True:
             report: dict[str, Any] = _call(cohort.next_report.remote(trial))
-            tune.report({**report["evaluation"], VISIT: visit})
+            tune.report({**for_tune(report["evaluation"]), VISIT: visit})
             if report["evaluation"]["outcome"] is not None:
                 return
             if report["decides"]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from tunebench.engine.watchdog import Watchdog
 from tunebench.tuning.handle import Handle
-from tunebench.tuning.tenancy import rent
-from tunebench.tuning.trial_log import log_to, trial_log
+from tunebench.tuning.tenancy import for_tune, rent
+from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
 if TYPE_CHECKING:
     from tunebench.engine.task import Evaluation, TrialTask
@@ -41,13 +42,22 @@ def _train_alone(task: TrialTask) -> None:
     from tunebench.engine.book import REPEATABLE, crashed  # imports torch and NequIP in the trial's process only
     from tunebench.engine.lightning import run_trial
 
-    try:
-        with log_to(trial_log(task.run, task.key.trial_id)):
-            run_trial(task, _report)
-    except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
-        _report(crashed(task, error))
+    name = task.key.trial_id
+    with Watchdog(task.stalled_after_s, stall_file(task.run, name)) as watchdog:
+
+        def report(evaluation: Evaluation) -> None:
+            watchdog.rest()  # the driver may take its time
+            _report(evaluation)
+            watchdog.beat()
+
+        watchdog.prepare()
+        try:
+            with log_to(trial_log(task.run, name)):
+                run_trial(task, report, watchdog.beat)
+        except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
+            report(crashed(task, error))
 
 
 def _report(evaluation: Evaluation) -> None:
     """Report to Tune, which raises SystemExit here where the scheduler stops the trial."""
-    tune.report(evaluation.to_plain())
+    tune.report(for_tune(evaluation.to_plain()))

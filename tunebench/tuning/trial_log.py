@@ -16,6 +16,11 @@ def trial_log(run: Path, trial: str) -> Path:
     return run / LOGS / f"{trial}.log"
 
 
+def stall_file(run: Path, trial: str) -> Path:
+    """Where it is told that a trial's own process stopped training without an end."""
+    return run / LOGS / f"{trial}.stalled"
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send this process's log, warnings and the traceback of a failure to a file."""
