@@ -1,0 +1,324 @@
+"""Solid and liquid side by side: profiles across the interface, its width, and how fast it moves.
+
+A crystal is brought to temperature, one half of a long cell is melted, and both halves are left to themselves at the
+temperature asked for, with the length of the cell free along the interface's normal. The crystal grows below the
+melting point and melts above it; where its front stands still the potential has its melting point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tunebench.properties.blocks import line_through, mean_of
+from tunebench.properties.dynamics import DynamicsSettings, Guard, give_velocities, langevin, run, sample_times
+from tunebench.properties.measured import Curve, Floats, Measured, PropertyFailure, Value
+from tunebench.properties.order import averaged_bond_order
+from tunebench.properties.pressure import Barostat
+from tunebench.properties.structures import Crystal, Repeats, atoms_of
+from tunebench.study.spec import NonNegativeFloat, PositiveFloat
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.calculators.calculator import Calculator
+
+_TEN_TO_NINETY = 2.0 * np.arctanh(0.8)  # widths of a tanh between 10 and 90 % of its step
+_LEAST_CONTRAST = 0.08  # between the bond orders of crystal and melt; their scatter in a layer is about 0.02
+_ANGSTROM_PER_PS_IN_M_PER_S = 100.0
+_ALONE = 0.15  # share of a phase below which its two interfaces see each other
+_CORE = 0.12  # a phase of half the cell is itself within this share of the cell around its middle
+_BAROSTAT_EVERY = 5  # steps
+
+
+class InterfaceSettings(DynamicsSettings):
+    """A coexistence cell: crystal below, melt above, periodic along the normal z, so with two interfaces."""
+
+    property: Literal["interface"] = "interface"
+    structure: Crystal = Field(description="orthorhombic cell of the crystal, repeated along z to an even number")
+    supercell: Repeats = Field(default=(4, 4, 12), description="repeats; the third is the normal and the longest")
+    temperature_kelvin: PositiveFloat = Field(description="of crystal, melt and interface")
+    melt_kelvin: PositiveFloat = Field(description="at which one half is melted, well above the melting point")
+    crystal_ps: NonNegativeFloat = Field(
+        default=2.0, description="crystal alone at zero pressure; the second half of it gives the lattice constant"
+    )
+    melt_ps: PositiveFloat = Field(default=2.0, description="one half at the melting temperature, the other held")
+    equilibration_ps: NonNegativeFloat = Field(default=1.0, description="both halves together before anything counts")
+    duration_ps: PositiveFloat = Field(default=10.0, description="dynamics over which the front is followed")
+    order_cutoff_angstrom: PositiveFloat = Field(description="end of the first neighbour shell, for the bond order")
+    layer_angstrom: PositiveFloat = Field(default=1.8, description="thickness of a layer of the order profile")
+    density_bin_angstrom: PositiveFloat = Field(default=0.3, description="width of a bin of the density profile")
+    barostat_relaxation_fs: PositiveFloat = Field(default=500.0, description="time in which the stress decays")
+    bulk_modulus_gpa: PositiveFloat = Field(default=100.0, description="rough stiffness, for the barostat")
+    blocks: Annotated[int, Field(ge=3)] = Field(default=5, description="of the errors and of the profiles")
+
+
+def interface(calculator: Calculator, settings: InterfaceSettings, base: Path | None = None) -> Measured:
+    """Velocity of the front, width of the interface, densities and order of both phases, and the profiles.
+
+    The velocity is half the rate at which the crystal's thickness grows (two fronts), positive where it freezes. The
+    thickness is the sum over atoms of (order - order of the melt) / (order of the crystal - order of the melt), times
+    the crystal's thickness an atom. The width is that of a tanh through the order profile from 10 to 90 %.
+
+    Raises:
+        Exploded: a limit is met.
+        PropertyFailure: the half did not melt, crystal and melt cannot be told apart, or one of them is used up.
+    """
+    atoms, generator = coexistence(calculator, settings, base)
+    guard = Guard(atoms, settings.limits, settings.temperature_kelvin)
+    dynamics = _under_pressure(atoms, settings, settings.temperature_kelvin, generator, "z")
+    run(dynamics, settings, settings.equilibration_ps, guard)
+    looks: list[_Look] = []
+    run(dynamics, settings, settings.duration_ps, guard, lambda now: looks.append(_look(now, settings)))
+    times = sample_times(settings, len(looks))
+    places = _centred(looks)
+    phases = _phases(looks, places, settings)
+    thickness = np.array([_thickness(look, phases) for look in looks], dtype=np.float64)
+    lasting = _lasting(looks, thickness, times, settings)
+    front = line_through(times[:lasting], thickness[:lasting], settings.blocks)
+    orders = [_order_profile(looks, places, part, settings, base) for part in _parts(lasting, settings)]
+    lengths = [np.mean([looks[k].length for k in part]) for part in _parts(lasting, settings)]
+    widths = [_width(order, length) for order, length in zip(orders, lengths, strict=True)]
+    half = _ANGSTROM_PER_PS_IN_M_PER_S / 2.0
+    values = {
+        "front_velocity": Value(value=half * front.slope, unit="m/s", standard_error=half * front.standard_error),
+        "width": mean_of(np.array(widths, dtype=np.float64), "Å"),
+        "solid_density": Value(value=phases.solid_density, unit="atoms/Å³"),
+        "liquid_density": Value(value=phases.liquid_density, unit="atoms/Å³"),
+        "solid_order": Value(value=phases.solid_order, unit="1"),
+        "liquid_order": Value(value=phases.liquid_order, unit="1"),
+    }
+    density = _density_profile(looks, places, _parts(lasting, settings)[0], settings, base)
+    curves = {
+        "order_profile": _along_normal(orders[0], "1"),
+        "density_profile": _along_normal(density, "atoms/Å³"),
+        "thickness": Curve(x=times, y=thickness, x_unit="ps", y_unit="Å"),
+    }
+    return Measured(values=values, curves=curves)
+
+
+INTERFACE_UNITS = {
+    "front_velocity": "m/s",
+    "width": "Å",
+    "solid_density": "atoms/Å³",
+    "liquid_density": "atoms/Å³",
+    "solid_order": "1",
+    "liquid_order": "1",
+}
+
+
+# --- making the cell -------------------------------------------------------------------------------------------------
+
+
+def coexistence(
+    calculator: Calculator, settings: InterfaceSettings, base: Path | None = None
+) -> tuple[Atoms, np.random.Generator]:
+    """A cell whose upper half has been melted, with velocities at the temperature of the interface.
+
+    Returns:
+        The atoms with their calculator, and the generator to go on with.
+
+    Raises:
+        Exploded: a limit is met.
+        PropertyFailure: the cell is not orthorhombic, or the half did not melt.
+    """
+    from ase.constraints import FixAtoms
+
+    generator = np.random.default_rng(settings.seed)
+    cell = _crystal_at_temperature(calculator, settings, generator, base)
+    atoms = cell.repeat(settings.supercell)
+    atoms.calc = calculator
+    guard = Guard(atoms, settings.limits, settings.melt_kelvin)
+    lower = atoms.get_scaled_positions()[:, 2] < 0.5
+    give_velocities(atoms, settings.melt_kelvin, generator)
+    atoms.set_constraint(FixAtoms(mask=lower))
+    run(langevin(atoms, settings, settings.melt_kelvin, generator), settings, settings.melt_ps, guard)
+    atoms.set_constraint()
+    order = averaged_bond_order(atoms, settings.order_cutoff_angstrom)
+    if not order[lower].mean() - order[~lower].mean() >= _LEAST_CONTRAST:
+        raise PropertyFailure(
+            f"the half did not melt at {settings.melt_kelvin:g} K in {settings.melt_ps:g} ps: bond order "
+            f"{order[~lower].mean():.3f} there, {order[lower].mean():.3f} in the crystal"
+        )
+    give_velocities(atoms, settings.temperature_kelvin, generator)
+    return atoms, generator
+
+
+def _crystal_at_temperature(
+    calculator: Calculator, settings: InterfaceSettings, generator: np.random.Generator, base: Path | None
+) -> Atoms:
+    """The cell that is repeated, at the lattice constant it has at this temperature and no pressure."""
+    cell = atoms_of(settings.structure, base)
+    if not (cell.pbc.all() and np.allclose(cell.cell.angles(), 90.0)):
+        raise PropertyFailure(f"the cell of {cell.get_chemical_formula()} is not periodic and orthorhombic")
+    if settings.crystal_ps == 0:
+        return cell
+    across = settings.supercell[:2]
+    repeats = (*across, max(across))
+    crystal = cell.repeat(repeats)
+    crystal.calc = calculator
+    give_velocities(crystal, settings.temperature_kelvin, generator)
+    lengths: list[Floats] = []
+    guard = Guard(crystal, settings.limits, settings.temperature_kelvin)
+    dynamics = _under_pressure(crystal, settings, settings.temperature_kelvin, generator, "all")
+    run(dynamics, settings, settings.crystal_ps, guard, lambda now: lengths.append(now.cell.lengths()))
+    mean = np.mean(lengths[len(lengths) // 2 :], axis=0) / repeats
+    cell.set_cell(np.diag(mean), scale_atoms=True)
+    return cell
+
+
+def _under_pressure(
+    atoms: Atoms, settings: InterfaceSettings, temperature: float, generator: np.random.Generator, axes: Any
+) -> Any:
+    dynamics = langevin(atoms, settings, temperature, generator)
+    barostat = Barostat(
+        atoms,
+        axes,
+        every_fs=_BAROSTAT_EVERY * settings.timestep_fs,
+        relaxation_fs=settings.barostat_relaxation_fs,
+        bulk_modulus_gpa=settings.bulk_modulus_gpa,
+    )
+    dynamics.attach(barostat, interval=_BAROSTAT_EVERY)
+    return dynamics
+
+
+# --- looking at it ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Look:
+    """A moment: places along the normal as shares of the cell and not wrapped, bond orders, and the cell's size."""
+
+    places: Floats
+    order: Floats
+    length: float
+    area: float
+
+
+def _look(atoms: Atoms, settings: InterfaceSettings) -> _Look:
+    length = float(atoms.cell.lengths()[2])
+    order = averaged_bond_order(atoms, settings.order_cutoff_angstrom)
+    return _Look(
+        places=atoms.positions[:, 2] / length, order=order, length=length, area=float(atoms.get_volume()) / length
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phases:
+    """Crystal and melt far from the interfaces: bond order, and density in atoms/Å³."""
+
+    solid_order: float
+    liquid_order: float
+    solid_density: float
+    liquid_density: float
+
+
+def _centred(looks: list[_Look]) -> Floats:
+    """Places relative to the middle of the crystal, between -0.5 and 0.5, shape (looks, atoms).
+
+    The middle is that of the first look; from then on it moves with the atoms that were near it.
+    """
+    first = looks[0]
+    turns = np.exp(2j * np.pi * first.places)
+    centre = np.angle(((first.order - first.order.mean()) * turns).sum()) / (2 * np.pi)
+    core = np.abs(_wrapped(first.places - centre)) < _CORE
+    drift = np.array([(look.places - first.places)[core].mean() for look in looks], dtype=np.float64)
+    return _wrapped(np.array([look.places for look in looks]) - centre - drift[:, None])
+
+
+def _wrapped(places: Floats) -> Floats:
+    return np.array(places - np.floor(places + 0.5), dtype=np.float64)
+
+
+def _phases(looks: list[_Look], places: Floats, settings: InterfaceSettings) -> _Phases:
+    """From the first block, in which both phases are still about half of the cell."""
+    first = _parts(len(looks), settings)[0]
+    solid, liquid = np.abs(places[first]) < _CORE, np.abs(places[first]) > 0.5 - _CORE
+    order = np.array([looks[k].order for k in first], dtype=np.float64)
+    volume = sum(2 * _CORE * looks[k].length * looks[k].area for k in first)
+    found = _Phases(
+        solid_order=float(order[solid].mean()),
+        liquid_order=float(order[liquid].mean()),
+        solid_density=float(solid.sum() / volume),
+        liquid_density=float(liquid.sum() / volume),
+    )
+    if not found.solid_order - found.liquid_order >= _LEAST_CONTRAST:
+        raise PropertyFailure(
+            f"crystal and melt cannot be told apart: bond orders {found.solid_order:.3f} and {found.liquid_order:.3f}"
+        )
+    return found
+
+
+def _thickness(look: _Look, phases: _Phases) -> float:
+    """Of the crystal, Å."""
+    crystalline = (look.order - phases.liquid_order) / (phases.solid_order - phases.liquid_order)
+    return float(crystalline.sum() / (phases.solid_density * look.area))
+
+
+def _lasting(looks: list[_Look], thickness: Floats, times: Floats, settings: InterfaceSettings) -> int:
+    """How many looks there are before one of the phases is used up."""
+    share = thickness / np.array([look.length for look in looks])
+    gone = np.flatnonzero((share < _ALONE) | (share > 1.0 - _ALONE))
+    lasting = int(gone[0]) if gone.size else len(looks)
+    if lasting < 2 * settings.blocks:
+        phase = "crystal" if share[lasting] < 0.5 else "melt"
+        raise PropertyFailure(f"the {phase} is used up after {times[lasting]:.3g} ps; nothing is left to follow")
+    return lasting
+
+
+def _parts(looks: int, settings: InterfaceSettings) -> list[np.ndarray]:
+    return np.array_split(np.arange(looks), settings.blocks)
+
+
+def _order_profile(
+    looks: list[_Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
+) -> Floats:
+    """Mean bond order by layer, shape (layers,)."""
+    edges = _edges(settings.layer_angstrom, settings, base)
+    order = np.array([looks[k].order for k in part], dtype=np.float64)
+    total, _ = np.histogram(places[part], edges, weights=order)
+    counts, _ = np.histogram(places[part], edges)
+    return np.array(total / np.maximum(counts, 1), dtype=np.float64)
+
+
+def _density_profile(
+    looks: list[_Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
+) -> Floats:
+    """Atoms/Å³ by bin, shape (bins,)."""
+    edges = _edges(settings.density_bin_angstrom, settings, base)
+    counts, _ = np.histogram(places[part], edges)
+    volume = sum(looks[k].length * looks[k].area for k in part) / (len(edges) - 1)
+    return np.array(counts / volume, dtype=np.float64)
+
+
+def _edges(thickness: float, settings: InterfaceSettings, base: Path | None) -> Floats:
+    """Shares of the cell; their number comes from the settings, so that every model has the same."""
+    length = atoms_of(settings.structure, base).cell.lengths()[2] * settings.supercell[2]
+    return np.linspace(-0.5, 0.5, max(round(length / thickness), 8) + 1, dtype=np.float64)
+
+
+def _along_normal(profile: Floats, unit: str) -> Curve:
+    middles = (np.arange(len(profile), dtype=np.float64) + 0.5) / len(profile) - 0.5
+    return Curve(x=middles, y=profile, x_unit="share of the cell", y_unit=unit)
+
+
+def _width(order: Floats, length: float) -> float:
+    """From 10 to 90 % of the step between melt and crystal, Å, alike for both interfaces."""
+    from scipy.optimize import curve_fit
+
+    x = ((np.arange(len(order), dtype=np.float64) + 0.5) / len(order) - 0.5) * length
+    start = (order.min(), order.max(), length / 4, 2.0)
+    bounds = ([0.0, 0.0, 0.0, 0.05], [1.0, 1.0, length / 2, length / 2])
+    try:
+        found, _ = curve_fit(_two_fronts, x, order, p0=start, bounds=bounds)
+    except (RuntimeError, ValueError) as error:
+        raise PropertyFailure(f"the order profile is no slab between two interfaces ({error})") from error
+    return float(_TEN_TO_NINETY * found[3])
+
+
+def _two_fronts(x: Floats, melt: float, crystal: float, half: float, width: float) -> Floats:
+    step = np.tanh((x + half) / width) - np.tanh((x - half) / width)
+    return np.array(melt + (crystal - melt) / 2 * step, dtype=np.float64)
