@@ -77,7 +77,8 @@ def calculator_of(model: torch.nn.Module, device: str = "cpu") -> Calculator:
     """A NequIP or Allegro model, as `tunebench.workloads.models.build_model` makes it, with float64 arithmetic.
 
     Finite differences need it: the forces of a float32 model are off by some 1e-4 eV/Å from the slope of its energy,
-    those of the same weights in float64 by 1e-8. The given model is copied and stays as it is.
+    those of the same weights in float64 by 1e-8. The given model is copied and stays as it is. Makes float64 torch's
+    default dtype, as all of NequIP's commands do: nequip 0.19.1 reads positions in the default dtype.
 
     Args:
         model: NequIP's GraphModel, whose type names are chemical symbols.
@@ -86,9 +87,13 @@ def calculator_of(model: torch.nn.Module, device: str = "cpu") -> Calculator:
     Returns:
         A calculator of energy, forces and stress (eV, eV/Å, eV/Å³ with ASE's sign).
     """
+    import torch
     from nequip.integrations.ase import NequIPCalculator
     from nequip.integrations.utils import basic_transforms
+    from nequip.utils.global_state import set_global_state
 
+    set_global_state()
+    torch.set_default_dtype(torch.float64)  # NequIP does so once a process, whatever was set since
     metadata: dict[str, Any] = model.metadata  # type: ignore[assignment]  # a property of NequIP's GraphModel
     types = metadata["type_names"].split(" ")
     transforms = basic_transforms(metadata, float(metadata["r_max"]), types, {name: name for name in types})

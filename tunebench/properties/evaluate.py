@@ -81,7 +81,7 @@ def measure_one(calculator: Calculator, settings: AnySettings, base: Path | None
     except PropertyFailure as failure:
         return failure
     except Exception as error:  # a model may break any library below in any way, which must not cost the others
-        _log.warning("%s", settings.property, exc_info=True)
+        _log.info("%s", settings.property, exc_info=True)  # the row has the reason
         return PropertyFailure(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
     return measured
 
@@ -122,9 +122,11 @@ def compare(
     values: dict[str, Value | None] = {**outcome.values} if isinstance(outcome, Measured) else {}
     known = {**reference.values} if isinstance(reference, Measured) else {}
     if isinstance(reference, Measured):
-        for name in kind.curves.keys() & reference.curves.keys():
+        for name, unit in kind.curves.items():
+            if name not in reference.curves:  # stated values have none
+                continue
             quantity = f"{name}.rmse"
-            units[quantity], known[quantity] = kind.curves[name], Value(value=0.0, unit=kind.curves[name])
+            units[quantity], known[quantity] = unit, Value(value=0.0, unit=unit)
             if isinstance(outcome, Measured):
                 values[quantity] = _difference(outcome.curves[name], reference.curves[name])
     reason = str(outcome) if isinstance(outcome, PropertyFailure) else ""
@@ -160,7 +162,7 @@ def _row(
         error=value.value - reference.value if value and reference else None,
         unit=unit,
         failed=value is None,
-        reason=reason,
+        reason=reason or ("" if value else "its points are not those of the reference"),
         settings_hash=hashed,
     )
 

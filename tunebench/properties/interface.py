@@ -7,6 +7,7 @@ melting point and melts above it; where its front stands still the potential has
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,7 +31,7 @@ _TEN_TO_NINETY = 2.0 * np.arctanh(0.8)  # widths of a tanh between 10 and 90 % o
 _LEAST_CONTRAST = 0.08  # between the bond orders of crystal and melt; their scatter in a layer is about 0.02
 _ANGSTROM_PER_PS_IN_M_PER_S = 100.0
 _ALONE = 0.15  # share of a phase below which its two interfaces see each other
-_CORE = 0.12  # a phase of half the cell is itself within this share of the cell around its middle
+_CORE = 0.15  # a phase of half the cell is itself within this share of the cell around its middle
 _BAROSTAT_EVERY = 5  # steps
 
 
@@ -56,6 +57,23 @@ class InterfaceSettings(DynamicsSettings):
     blocks: Annotated[int, Field(ge=3)] = Field(default=5, description="of the errors and of the profiles")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Look:
+    """A moment of a coexistence cell.
+
+    Attributes:
+        places: of the atoms along the normal, as shares of the cell and not wrapped, shape (atoms,).
+        order: their bond orders, shape (atoms,).
+        length: of the cell along the normal, Å.
+        area: of the cell across it, Å².
+    """
+
+    places: Floats
+    order: Floats
+    length: float
+    area: float
+
+
 def interface(calculator: Calculator, settings: InterfaceSettings, base: Path | None = None) -> Measured:
     """Velocity of the front, width of the interface, densities and order of both phases, and the profiles.
 
@@ -71,8 +89,19 @@ def interface(calculator: Calculator, settings: InterfaceSettings, base: Path | 
     guard = Guard(atoms, settings.limits, settings.temperature_kelvin)
     dynamics = _under_pressure(atoms, settings, settings.temperature_kelvin, generator, "z")
     run(dynamics, settings, settings.equilibration_ps, guard)
-    looks: list[_Look] = []
+    looks: list[Look] = []
     run(dynamics, settings, settings.duration_ps, guard, lambda now: looks.append(_look(now, settings)))
+    return follow(looks, settings, base)
+
+
+def follow(looks: Sequence[Look], settings: InterfaceSettings, base: Path | None = None) -> Measured:
+    """What `interface` returns, from looks at an interface after every `sample_every_steps`.
+
+    Raises:
+        PropertyFailure: crystal and melt cannot be told apart, or one of them is used up.
+    """
+    if len(looks) < 2 * settings.blocks:
+        raise PropertyFailure(f"{len(looks)} samples are too few for {settings.blocks} blocks")
     times = sample_times(settings, len(looks))
     places = _centred(looks)
     phases = _phases(looks, places, settings)
@@ -188,20 +217,10 @@ def _under_pressure(
 # --- looking at it ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Look:
-    """A moment: places along the normal as shares of the cell and not wrapped, bond orders, and the cell's size."""
-
-    places: Floats
-    order: Floats
-    length: float
-    area: float
-
-
-def _look(atoms: Atoms, settings: InterfaceSettings) -> _Look:
+def _look(atoms: Atoms, settings: InterfaceSettings) -> Look:
     length = float(atoms.cell.lengths()[2])
     order = averaged_bond_order(atoms, settings.order_cutoff_angstrom)
-    return _Look(
+    return Look(
         places=atoms.positions[:, 2] / length, order=order, length=length, area=float(atoms.get_volume()) / length
     )
 
@@ -216,7 +235,7 @@ class _Phases:
     liquid_density: float
 
 
-def _centred(looks: list[_Look]) -> Floats:
+def _centred(looks: Sequence[Look]) -> Floats:
     """Places relative to the middle of the crystal, between -0.5 and 0.5, shape (looks, atoms).
 
     The middle is that of the first look; from then on it moves with the atoms that were near it.
@@ -233,15 +252,15 @@ def _wrapped(places: Floats) -> Floats:
     return np.array(places - np.floor(places + 0.5), dtype=np.float64)
 
 
-def _phases(looks: list[_Look], places: Floats, settings: InterfaceSettings) -> _Phases:
+def _phases(looks: Sequence[Look], places: Floats, settings: InterfaceSettings) -> _Phases:
     """From the first block, in which both phases are still about half of the cell."""
     first = _parts(len(looks), settings)[0]
-    solid, liquid = np.abs(places[first]) < _CORE, np.abs(places[first]) > 0.5 - _CORE
     order = np.array([looks[k].order for k in first], dtype=np.float64)
-    volume = sum(2 * _CORE * looks[k].length * looks[k].area for k in first)
+    solid, liquid = _taper(places[first]), _taper(_wrapped(places[first] + 0.5))
+    volume = sum(_CORE * looks[k].length * looks[k].area for k in first)
     found = _Phases(
-        solid_order=float(order[solid].mean()),
-        liquid_order=float(order[liquid].mean()),
+        solid_order=float((solid * order).sum() / solid.sum()),
+        liquid_order=float((liquid * order).sum() / liquid.sum()),
         solid_density=float(solid.sum() / volume),
         liquid_density=float(liquid.sum() / volume),
     )
@@ -252,17 +271,28 @@ def _phases(looks: list[_Look], places: Floats, settings: InterfaceSettings) -> 
     return found
 
 
-def _thickness(look: _Look, phases: _Phases) -> float:
+def _taper(places: Floats) -> Floats:
+    """Weights of atoms by their distance from a phase's middle, which integrate to `_CORE`.
+
+    A window with edges would hold a layer of the crystal more or less, some percent of its density.
+    """
+    weights = np.square(np.cos(np.pi / 2 * places / _CORE))
+    return np.array(np.where(np.abs(places) < _CORE, weights, 0.0), dtype=np.float64)
+
+
+def _thickness(look: Look, phases: _Phases) -> float:
     """Of the crystal, Å."""
     crystalline = (look.order - phases.liquid_order) / (phases.solid_order - phases.liquid_order)
     return float(crystalline.sum() / (phases.solid_density * look.area))
 
 
-def _lasting(looks: list[_Look], thickness: Floats, times: Floats, settings: InterfaceSettings) -> int:
+def _lasting(looks: Sequence[Look], thickness: Floats, times: Floats, settings: InterfaceSettings) -> int:
     """How many looks there are before one of the phases is used up."""
     share = thickness / np.array([look.length for look in looks])
     gone = np.flatnonzero((share < _ALONE) | (share > 1.0 - _ALONE))
-    lasting = int(gone[0]) if gone.size else len(looks)
+    if not gone.size:
+        return len(looks)
+    lasting = int(gone[0])
     if lasting < 2 * settings.blocks:
         phase = "crystal" if share[lasting] < 0.5 else "melt"
         raise PropertyFailure(f"the {phase} is used up after {times[lasting]:.3g} ps; nothing is left to follow")
@@ -274,7 +304,7 @@ def _parts(looks: int, settings: InterfaceSettings) -> list[np.ndarray]:
 
 
 def _order_profile(
-    looks: list[_Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
+    looks: Sequence[Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
 ) -> Floats:
     """Mean bond order by layer, shape (layers,)."""
     edges = _edges(settings.layer_angstrom, settings, base)
@@ -285,7 +315,7 @@ def _order_profile(
 
 
 def _density_profile(
-    looks: list[_Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
+    looks: Sequence[Look], places: Floats, part: np.ndarray, settings: InterfaceSettings, base: Path | None
 ) -> Floats:
     """Atoms/Å³ by bin, shape (bins,)."""
     edges = _edges(settings.density_bin_angstrom, settings, base)

@@ -60,8 +60,8 @@ def liquid(calculator: Calculator, settings: LiquidSettings, base: Path | None =
     guard = Guard(atoms, settings.limits, settings.temperature_kelvin)
     run(VelocityVerlet(atoms, settings.timestep_fs * units.fs), settings, settings.duration_ps, guard, sample)
     trajectory = np.array(frames, dtype=np.float64)
-    distances, density = radial_distribution(atoms, trajectory, settings)
     lags, displacement, diffusion = _displacements(atoms, trajectory, settings)
+    distances, density = radial_distribution(atoms, trajectory, settings)
     position, height = _first_peak(distances, density)
     values = {
         "diffusion": mean_of(diffusion, "Å²/ps"),

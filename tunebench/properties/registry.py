@@ -40,7 +40,8 @@ class Property:
         settings: model of its settings.
         measure: computes it from a calculator, settings and the folder that relative paths start from.
         units: unit of every scalar by name, from the settings: what a failed property has failed to give.
-        curves: unit of every curve's values by name.
+        curves: unit of the values of every curve that is compared with the reference's; curves over time, which two
+            potentials that differ in the last digit do not share, are not.
     """
 
     settings: type[Section]
@@ -84,7 +85,7 @@ PROPERTIES: Mapping[PropertyName, Property] = {
         settings=dynamics.DriftSettings,
         measure=dynamics.energy_drift,
         units=lambda settings, base: dynamics.DRIFT_UNITS,
-        curves={"total_energy": "meV/atom"},
+        curves={},
     ),
     PropertyName.TIME_TO_FAILURE: Property(
         settings=dynamics.FailureTimeSettings,
@@ -102,7 +103,7 @@ PROPERTIES: Mapping[PropertyName, Property] = {
         settings=interface.InterfaceSettings,
         measure=interface.interface,
         units=lambda settings, base: interface.INTERFACE_UNITS,
-        curves={"order_profile": "1", "density_profile": "atoms/Å³", "thickness": "Å"},
+        curves={"order_profile": "1", "density_profile": "atoms/Å³"},
     ),
 }
 

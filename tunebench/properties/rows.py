@@ -5,7 +5,8 @@ This module is the contract between computing properties and analysing them. It 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,24 @@ class PropertyRow:
         return asdict(self)
 
 
-COLUMNS = tuple(column.name for column in fields(PropertyRow))
-
-
-def write_rows(file: Path, rows: Iterable[PropertyRow]) -> None:
-    """Write rows as Parquet, replacing the file at once.
+def write_rows(file: Path, rows: Sequence[PropertyRow]) -> None:
+    """Write rows as Parquet, or as JSON where the file's name ends so, replacing the file at once.
 
     Raises:
         OSError: it cannot be written.
     """
+    plain = [row.to_plain() for row in rows]
+    with replacing(file) as partial:
+        if file.suffix == ".json":
+            partial.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            _write_parquet(partial, plain)
+
+
+def _write_parquet(file: Path, plain: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {"str": pa.string(), "float | None": pa.float64(), "bool": pa.bool_()}
-    schema = pa.schema([pa.field(column.name, types[str(column.type)]) for column in fields(PropertyRow)])
-    table = pa.Table.from_pylist([row.to_plain() for row in rows], schema=schema)
-    with replacing(file) as partial:
-        pq.write_table(table, partial)
+    columns = pa.schema([pa.field(column.name, types[str(column.type)]) for column in fields(PropertyRow)])
+    pq.write_table(pa.Table.from_pylist(plain, schema=columns), file)
