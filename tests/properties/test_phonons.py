@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from matcalc import PhononCalc
 
 from tunebench.properties.measured import PropertyFailure
-from tunebench.properties.phonons import PhononSettings, phonons
-from tunebench.properties.phonons_from_forces import phonons_from_forces, stated_frequencies
+from tunebench.properties.phonons import PhononSettings, phonon_units, phonons
+from tunebench.properties.phonons_from_forces import phonons_from_forces
+from tunebench.properties.stated import StatedFile, stated_values
 from tunebench.properties.structures import BuiltCrystal, atoms_of
 from tunebench.workloads.structure_files import read_structures
 
@@ -32,12 +32,15 @@ def test_phonons_of_copper_equal_matcalc_called_directly(copper: BuiltCrystal):
 
 def test_silicon_has_the_stated_frequencies_from_its_dft_forces(reference_data: Path):
     folder = reference_data / "phonon_sets"
-    lattice = json.loads((folder / "phonon_reference.json").read_text())["Si-PBE"]["a0_A"]
-    silicon = BuiltCrystal(kind="crystal", formula="Si", lattice="diamond", a_angstrom=lattice)
+    stated = StatedFile(path=str(folder / "phonon_reference.json"), at="Si-PBE.frequencies_THz")
+    silicon = BuiltCrystal(kind="crystal", formula="Si", lattice="diamond", a_angstrom=5.46626289)
+    settings = PhononSettings(structure=silicon)
     frames = read_structures(folder / "Si_PBE_train.xyz.xz", "path")
-    found = phonons_from_forces(frames, PhononSettings(structure=silicon), displaced_atoms=1)
-    for name, value in stated_frequencies(folder / "phonon_reference.json", "Si-PBE").items():
-        assert found.values[name].value == pytest.approx(value.value, abs=0.05), name
+    found = phonons_from_forces(frames, settings, displaced_atoms=1)
+    known = stated_values(stated, phonon_units(settings))
+    assert len(known) == 5 * 6
+    for name, value in known.items():
+        assert found.values[name].value == pytest.approx(value, abs=0.05), name
     for name, value in {"Gamma.4": 15.09, "X.1": 4.40, "X.3": 12.05, "X.5": 13.42}.items():
         assert found.values[name].value == pytest.approx(value, abs=0.05), name
     density = found.curves["density_of_states"]

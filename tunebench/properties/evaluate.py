@@ -16,6 +16,7 @@ from tunebench.properties.phonons_from_forces import phonons_from_forces
 from tunebench.properties.plan import PropertyPlan, Reference, settings_hash
 from tunebench.properties.registry import AnySettings, property_of
 from tunebench.properties.rows import PropertyRow
+from tunebench.properties.stated import stated_values
 from tunebench.study.paths import existing_file
 
 if TYPE_CHECKING:
@@ -87,18 +88,18 @@ def measure_one(calculator: Calculator, settings: AnySettings, base: Path | None
 
 
 def references_of(plan: PropertyPlan, base: Path | None = None, device: str = "cpu") -> dict[str, Outcome]:
-    """The reference's outcome for every entry that has one: stated values, else forces, else the calculator.
+    """The reference's outcome for every entry that has one: what is stated, else forces, else the calculator.
 
     Raises:
         RunError: the reference's calculator cannot be had.
-        WorkloadError: a structure or a file of forces cannot be had.
+        WorkloadError: a structure or a file cannot be had.
     """
     reference = plan.reference
     calculator = calculator_named(reference.calculator, device) if reference.calculator else None
     found: dict[str, Outcome] = {}
     for entry, settings in plan.properties.items():
-        if entry in reference.values:
-            found[entry] = _stated(reference.values[entry], property_of(settings).units(settings, base))
+        if entry in reference.values or entry in reference.files:
+            found[entry] = _stated(reference, entry, property_of(settings).units(settings, base), base)
         elif entry in reference.forces:
             assert isinstance(settings, PhononSettings)
             found[entry] = _from_forces(reference, entry, settings, base)
@@ -190,7 +191,9 @@ def _difference(curve: Curve, reference: Curve) -> Value | None:
     return Value(value=float(np.sqrt(np.mean(np.square(curve.y - reference.y)))), unit=curve.y_unit)
 
 
-def _stated(values: Mapping[str, float], units: Mapping[str, str]) -> Measured:
+def _stated(reference: Reference, entry: str, units: Mapping[str, str], base: Path | None) -> Measured:
+    values = stated_values(reference.files[entry], units, base) if entry in reference.files else {}
+    values |= reference.values.get(entry, {})
     return Measured(values={name: Value(value=value, unit=units[name]) for name, value in values.items()})
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunebench.properties.measured import Floats, Measured, PropertyFailure, Value
+from tunebench.properties.measured import Floats, Measured, PropertyFailure
 from tunebench.properties.phonons import PhononSettings, phonopy_of, spectrum
 from tunebench.properties.structures import atoms_of
 
@@ -48,23 +47,6 @@ def phonons_from_forces(
     phonon.dataset = {"displacements": displacements, "forces": forces}
     phonon.produce_force_constants(fc_calculator="symfc")
     return spectrum(phonon, settings)
-
-
-def stated_frequencies(file: Path, name: str) -> dict[str, Value]:
-    """Stated frequencies of one entry of a ``phonon_reference.json``, as the scalars that `phonons` names.
-
-    Args:
-        file: maps names to ``frequencies_THz``, which maps points to frequencies; a point that is no name of a scalar
-            (the limit ``Gamma_LO_TO``) is left out.
-        name: the entry.
-    """
-    stated: Mapping[str, Sequence[float]] = json.loads(file.read_text(encoding="utf-8"))[name]["frequencies_THz"]
-    return {
-        f"{point}.{number}": Value(value=float(frequency), unit="THz")
-        for point, branches in stated.items()
-        if point.isalpha()
-        for number, frequency in enumerate(sorted(branches), start=1)
-    }
 
 
 def _moved(displacements: Floats) -> int:

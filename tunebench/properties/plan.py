@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from tunebench.properties.registry import AnySettings, property_of
+from tunebench.properties.stated import StatedFile, stated_values
 from tunebench.properties.structures import atoms_of
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
@@ -29,13 +30,14 @@ class ForcesReference(Section):
 
 
 class Reference(Section):
-    """What errors are measured against: for each entry its stated values, else its forces, else the calculator."""
+    """What errors are measured against: for each entry what is stated, else its forces, else the calculator."""
 
     calculator: str | None = Field(default=None, description="emt, or the path of a model, run through the same code")
     forces: dict[Name, ForcesReference] = Field(default_factory=dict, description="files of forces by entry")
     values: dict[Name, dict[str, float]] = Field(
         default_factory=dict, description="stated values by entry and quantity, in the quantity's own unit"
     )
+    files: dict[Name, StatedFile] = Field(default_factory=dict, description="files that state values, by entry")
 
 
 class PropertyPlan(Section):
@@ -88,7 +90,7 @@ def _references(plan: PropertyPlan, base: Path) -> list[Problem]:
     reference, entries = plan.reference, plan.properties
     problems = [
         Problem(f"reference.{part}", name, one_of(entries, name))
-        for part, named in (("forces", reference.forces), ("values", reference.values))
+        for part, named in (("forces", reference.forces), ("values", reference.values), ("files", reference.files))
         for name in named
         if name not in entries
     ]
@@ -102,6 +104,11 @@ def _references(plan: PropertyPlan, base: Path) -> list[Problem]:
             problems.append(Problem(f"{key}.path", reference.forces[name].path, str(error)))
     if problems:
         return problems
+    for name, file in reference.files.items():
+        try:
+            stated_values(file, property_of(entries[name]).units(entries[name], base), base)
+        except WorkloadError as error:
+            problems.append(Problem(f"reference.files.{name}.{error.key}", error.found, error.allowed))
     for name, values in reference.values.items():
         known = property_of(entries[name]).units(entries[name], base)
         problems += [
