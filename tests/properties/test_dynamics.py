@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from ase import units
@@ -84,8 +86,9 @@ def test_a_crystal_lasts_and_a_step_that_is_too_long_ends_it(copper: BuiltCrysta
 def test_every_limit_ends_a_simulation_with_its_reason(copper: BuiltCrystal, limits: dict, change: float, reason: str):
     pushed = Altered(lambda atoms, forces: forces + change * np.where(np.arange(len(atoms)) % 2, 1.0, -1.0)[:, None])
     settings = drift_settings(copper, limits=Limits(**limits))
-    with pytest.raises(Exploded, match=f"{reason} after [0-9.]+ ps"):
+    with pytest.raises(Exploded, match=f"{reason} after [0-9.]+ ps") as caught:
         energy_drift(pushed, settings)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_bond_that_breaks_ends_a_molecule():

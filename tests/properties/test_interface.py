@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from tunebench.properties.interface import InterfaceSettings, Look, follow, interface
+from tunebench.properties.coexistence import InterfaceSettings
+from tunebench.properties.interface import Look, follow, interface
 from tunebench.properties.measured import PropertyFailure
 from tunebench.properties.order import averaged_bond_order
 from tunebench.properties.structures import BuiltCrystal
@@ -79,3 +82,15 @@ def test_a_half_that_does_not_melt_is_a_failed_property(settings: InterfaceSetti
     cold = settings.model_copy(update={"supercell": (2, 2, 6), "melt_kelvin": 300.0, "melt_ps": 0.1, "crystal_ps": 0.1})
     with pytest.raises(PropertyFailure, match=r"the half did not melt at 300 K in 0\.1 ps: bond order"):
         interface(EMT(), cold)
+
+
+@pytest.mark.skipif(not os.environ.get("TUNEBENCH_MELTING"), reason="takes minutes: TUNEBENCH_MELTING=1 runs it")
+def test_copper_grows_below_its_melting_point_and_melts_above_it(settings: InterfaceSettings):
+    # EMT's copper melts between 1300 and 1400 K (docs/properties.md), copper at 1358 K.
+    slab = settings.model_copy(update={"supercell": (3, 3, 10), "melt_ps": 1.5, "duration_ps": 3.0, "blocks": 4})
+    cold, hot = (interface(EMT(), slab.model_copy(update={"temperature_kelvin": t})) for t in (1000.0, 1700.0))
+    assert cold.values["front_velocity"].value > 2 * cold.values["front_velocity"].standard_error
+    assert hot.values["front_velocity"].value < -2 * hot.values["front_velocity"].standard_error
+    for found in (cold.values, hot.values):
+        assert found["solid_density"].value > found["liquid_density"].value
+        assert 4.0 < found["width"].value < 15.0

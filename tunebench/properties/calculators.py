@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunebench.study.errors import RunError
+from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import one_of
 
 if TYPE_CHECKING:
@@ -17,17 +18,23 @@ TEACHERS = {"emt": ("ase.calculators.emt", "EMT")}
 """Potentials that stand in for DFT where a study has none, by name."""
 
 
-def calculator_named(name: str, device: str = "cpu") -> Calculator:
+def calculator_named(name: str, device: str = "cpu", base: Path | None = None) -> Calculator:
     """A teacher by its name, or the model in a checkpoint or package by its path.
+
+    Args:
+        name: teacher or path, with ``${VARIABLE}`` from the environment.
+        device: ``cpu`` or ``cuda``; teachers know the CPU alone.
+        base: folder that a relative path starts from; left out, the working directory.
 
     Raises:
         RunError: neither a teacher's name nor a model that NequIP can load.
     """
     if name in TEACHERS:
         return teacher(name)
-    path = Path(name)
-    if not path.is_file():
-        raise RunError(f"{name}: found no such file, allowed: a checkpoint, a packaged model, {one_of(TEACHERS, name)}")
+    try:
+        path = existing_file(name, base or Path.cwd())
+    except NoSuchFileError as error:
+        raise RunError(f"{name}: found no model, allowed: {one_of(TEACHERS, name)}, or {error}") from error
     return calculator_from(path, device)
 
 

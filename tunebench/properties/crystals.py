@@ -113,7 +113,7 @@ class ElasticSettings(Section):
     relax_ions: bool = Field(default=True, description="relax the atoms of every strained cell; else clamped ions")
     cubic: bool = Field(default=True, description="report C11, C12 and C44, averaged over the axes; else all 21")
     largest_misfit: PositiveFloat = Field(
-        default=0.05, description="RMS of stress minus fit over RMS of stress at which the property has failed"
+        default=0.1, description="RMS of stress minus fit over RMS of stress at which the property has failed"
     )
 
 

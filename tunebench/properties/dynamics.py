@@ -55,12 +55,17 @@ class Exploded(PropertyFailure):
     """A simulation that met one of its limits.
 
     Attributes:
+        reason: which limit, and how.
         after_ps: time since the part of the simulation began in which it happened.
     """
 
     def __init__(self, reason: str, after_ps: float) -> None:
         super().__init__(f"{reason} after {after_ps:.4g} ps")
-        self.after_ps = after_ps
+        self.reason, self.after_ps = reason, after_ps
+
+    def __reduce__(self) -> tuple[type[Exploded], tuple[str, float]]:
+        """Pickle by the arguments, for the way out of a worker process."""
+        return type(self), (self.reason, self.after_ps)
 
 
 class Guard:

@@ -95,7 +95,7 @@ def references_of(plan: PropertyPlan, base: Path | None = None, device: str = "c
         WorkloadError: a structure or a file cannot be had.
     """
     reference = plan.reference
-    calculator = calculator_named(reference.calculator, device) if reference.calculator else None
+    calculator = calculator_named(reference.calculator, device, base) if reference.calculator else None
     found: dict[str, Outcome] = {}
     for entry, settings in plan.properties.items():
         if entry in reference.values or entry in reference.files:

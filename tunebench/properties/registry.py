@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tunebench.properties import crystals, dynamics, interface, liquids, molecules, phonons
+from tunebench.properties import coexistence, crystals, dynamics, interface, liquids, molecules, phonons
 from tunebench.properties.measured import Measured
 from tunebench.study.spec import Section
 
@@ -100,7 +100,7 @@ PROPERTIES: Mapping[PropertyName, Property] = {
         curves={"radial_distribution": "1", "mean_square_displacement": "Å²"},
     ),
     PropertyName.INTERFACE: Property(
-        settings=interface.InterfaceSettings,
+        settings=coexistence.InterfaceSettings,
         measure=interface.interface,
         units=lambda settings, base: interface.INTERFACE_UNITS,
         curves={"order_profile": "1", "density_profile": "atoms/Å³"},
@@ -116,7 +116,7 @@ AnySettings = Annotated[
     | dynamics.DriftSettings
     | dynamics.FailureTimeSettings
     | liquids.LiquidSettings
-    | interface.InterfaceSettings,
+    | coexistence.InterfaceSettings,
     Field(discriminator="property"),
 ]
 
