@@ -23,7 +23,7 @@ from nequip.utils.global_state import set_global_state
 from numpy.typing import NDArray
 from torch.func import vmap
 
-from tunebench.engine.graphs import Replayed, release_memory, synchronize
+from tunebench.engine.graphs import Lanes, Replayed, release_memory, synchronize
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits
 from tunebench.engine.slot_evaluation import SlotEvaluation
@@ -94,6 +94,7 @@ class Cohort:
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
+        self._lanes = Lanes(self.device)
         self._clear()
         self._since = time.perf_counter()
 
@@ -320,19 +321,24 @@ class Cohort:
         bucket = self._bucket()
         self._gather_below(bucket)
         rows.set_stepping([place.slot for place in places])
+        for group in self._groups:
+            group.set_stepping([place.slot for place in places])
         steps = {place.slot: place.step + 1 for place in places}
         moved: set[int] = set()
         shortage = ""
         try:
             self._gradient_program(shape, bucket)()
             for group in self._groups:
-                group.set_stepping(list(steps))
                 members = {member.slot for member in group.occupied()} & steps.keys()
                 if members:
-                    group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
+                    with self._lanes.lane():  # groups share no row but the spare one, whose content nobody reads
+                        group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
                     moved |= members
         except torch.OutOfMemoryError as error:  # kept alive it would keep the memory of the frames it went through
             shortage = _first_line(error)
+        finally:
+            self._lanes.join()
+        if shortage:
             rows.set_stepping(list(moved))  # the others make this step once there is room
         stepped = [place for place in places if place.slot in moved]
         if stepped:

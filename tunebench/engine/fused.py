@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -220,32 +220,41 @@ def agrees(fused: Callable[..., Any], unfused: Callable[..., Any], inputs: Seque
     return worst
 
 
-def faster(fused: Fused, inputs: Sequence[Tensors]) -> Fused | Unfused:
-    """The form of a function that takes less time on this device, as it will be called: on CUDA as a captured graph.
+def quickest(function: SlotFunction, example_inputs: Sequence[Tensors], cache: Path | None = None) -> Fused | Unfused:
+    """`fuse`, and of both forms the one that takes less time on this device, as it will be called.
 
-    Where memory does not suffice for the plain form in this way, the compiled one is kept.
-
-    Args:
-        fused: both forms.
-        inputs: arguments with real values.
+    Which one it is is kept in the cache: timing captures the plain form too, which takes long for large graphs.
+    Arguments as for `fuse`.
     """
-    device = fused.unfused.layout.inputs(inputs)[0].device
+    store = GraphStore(cache, _key(function, example_inputs))
+    times = store.read_plain("times")
+    if times is not None and times["plain"] < times["compiled"]:
+        return replace(_unfused(function, example_inputs, store)[0], reason=_slower(**times))
+    fused = fuse(function, example_inputs, cache)
+    if times is not None or isinstance(fused, Unfused):
+        return fused
     try:
-        compiled_s, plain_s = (_seconds(partial(form, *inputs), device) for form in (fused, fused.unfused))
-    except torch.OutOfMemoryError:
+        times = {"compiled": _seconds(fused, example_inputs), "plain": _seconds(fused.unfused, example_inputs)}
+    except torch.OutOfMemoryError:  # the compiled form needs less
         return fused
-    if compiled_s <= plain_s:
+    store.write_plain("times", times)
+    if times["compiled"] <= times["plain"]:
         return fused
-    reason = f"not compiled, which takes {1e3 * compiled_s:.2f} ms where the plain graph takes {1e3 * plain_s:.2f} ms"
-    log.info("%s", reason)
+    reason = _slower(**times)
+    log.info("%s: %s", type(function).__name__, reason)
     return replace(fused.unfused, reason=reason)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the shortest of three."""
+def _slower(compiled: float, plain: float) -> str:
+    return f"not compiled, which takes {1e3 * compiled:.2f} ms where the plain graph takes {1e3 * plain:.2f} ms"
+
+
+def _seconds(form: Fused | Unfused, inputs: Sequence[Tensors]) -> float:
+    """Seconds of one call, the shortest of three; on CUDA of a captured graph."""
+    device = next(iter(inputs[0].values())).device
 
     def work() -> None:
-        call()
+        form(*inputs)
 
     replayed = Replayed(work, device)
     for _ in range(2):  # the second call captures

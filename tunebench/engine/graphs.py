@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -52,3 +53,35 @@ class Replayed:
                 self._call()
             self._graph = graph
             graph.replay()
+
+
+class Lanes:
+    """Streams of one device for work that does not depend on each other; on the CPU it is done one after another.
+
+    A captured graph of small products fills a fraction of a GPU; several run side by side.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: list[torch.cuda.Stream] = []
+        self._taken = 0
+
+    @contextmanager
+    def lane(self) -> Iterator[None]:
+        """What is launched within starts from where the caller is now, and runs beside other lanes until `join`."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if self._taken == len(self._streams):
+            self._streams.append(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        stream = self._streams[self._taken]
+        self._taken += 1
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def join(self) -> None:
+        """Whatever the caller launches from now on comes after all lanes."""
+        for stream in self._streams[: self._taken]:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._taken = 0

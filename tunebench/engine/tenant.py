@@ -206,8 +206,11 @@ class ModuleShelf:
         """The module of a task's model on the CPU, and its initial state."""
         key = json.dumps([config["model"], config.get("ema_decay"), task.averaged.value], sort_keys=True, default=str)
         if key not in self._shelf:
-            build_model(config["model"])  # names what is wrong with the arguments
-            module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
+            try:
+                module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
+            except Exception:
+                build_model(config["model"])  # names what is wrong with the arguments
+                raise
             self._shelf[key] = module, {name: _copied(value) for name, value in module.state_dict().items()}
         return self._shelf[key]
 

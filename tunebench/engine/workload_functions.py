@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from tunebench.engine.batches import task_frames
 from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_model
-from tunebench.engine.fused import Evaluate, Fused, LossGradient, SlotFunction, faster, fuse, unfuse
+from tunebench.engine.fused import Evaluate, LossGradient, SlotFunction, quickest, unfuse
 from tunebench.engine.loss import LossWeights
 from tunebench.engine.padding import BatchShape, PaddingPlan, padding_plan
 from tunebench.engine.resident import ResidentFrames, StaticBatches, assemble, resident_frames, static_batches
@@ -123,10 +123,7 @@ class WorkloadFunctions:
         return {key: batch[key] for key in keys}
 
     def _called(self, function: SlotFunction, example: tuple[Tensors, Tensors, Tensors], *, compiled: bool) -> Called:
-        if not compiled:
-            return unfuse(function, example, self._cache)
-        called = fuse(function, example, self._cache)
-        return faster(called, example) if isinstance(called, Fused) else called
+        return (quickest if compiled else unfuse)(function, example, self._cache)
 
     def _model(self, shape: BatchShape) -> FunctionalModel:
         if shape not in self._models:

@@ -214,4 +214,4 @@ class BlockOptimizer(RuleOptimizer):
     """Base of the optimizers that look at blocks, for example matrices, rather than at elements."""
 
     def _packing(self, group: Group, parameters: Mapping[str, torch.nn.Parameter]) -> Packing:
-        return Packing(parameters, group_blocks(group))
+        return Packing.shared(parameters, group_blocks(group))

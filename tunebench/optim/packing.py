@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -133,9 +134,15 @@ class Packing:
         self._copies: dict[str, dict[torch.device, torch.Tensor]] = {}
 
     @classmethod
+    def shared(cls, parameters: Mapping[str, torch.Tensor], blocks: Iterable[Block]) -> Packing:
+        """One object for all models of this layout: a cohort's trials share its tables, on every device."""
+        layout = ((name, tuple(parameter.shape), parameter.dtype) for name, parameter in parameters.items())
+        return _of_layout(tuple(sorted(layout, key=lambda entry: entry[0])), tuple(blocks))
+
+    @classmethod
     def elementwise(cls, parameters: Mapping[str, torch.Tensor]) -> Packing:
         """One vector per dtype, one block per parameter: for rules that never look at a shape."""
-        return cls(parameters, [Block.whole(name, (p.numel(),)) for name, p in parameters.items()])
+        return cls.shared(parameters, [Block.whole(name, (p.numel(),)) for name, p in parameters.items()])
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -202,10 +209,22 @@ class Packing:
                 starts[name] = total
                 total += self._shapes[name].numel()
             own = {s.name: _segment_index(s, starts) for s in self.segments if s.dtype is dtype}
-            found |= own | {str(dtype): torch.argsort(torch.cat(list(own.values())))}
+            found |= own | {str(dtype): _inverse(torch.cat(list(own.values())))}
             sizes |= dict.fromkeys((*own, str(dtype)), total)
         stays = {what: torch.equal(index, torch.arange(sizes[what])) for what, index in found.items()}
         return {what: None if stays[what] else index for what, index in found.items()}
+
+
+@lru_cache(maxsize=64)
+def _of_layout(layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], blocks: tuple[Block, ...]) -> Packing:
+    parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in layout}
+    return Packing(parameters, blocks)
+
+
+def _inverse(permutation: torch.Tensor) -> torch.Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation))
+    return inverse
 
 
 def _check_cover(shapes: Mapping[str, torch.Size], blocks: Sequence[Block]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,9 +34,10 @@ def batch_order(num_frames: int, batch_size: int, steps: int, seed: int) -> list
 
 
 def _epochs(num_frames: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    used = num_frames // batch_size * batch_size
     loader: DataLoader[int] = DataLoader(
         range(num_frames),  # type: ignore[arg-type]  # a range is a map-style dataset in all but name
-        batch_size=batch_size,
+        batch_size=used,  # all batches of an epoch in one: the draws are the same, and a loader's step is slow
         shuffle=True,
         drop_last=True,
         generator=torch.Generator().manual_seed(seed),
@@ -45,4 +45,5 @@ def _epochs(num_frames: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     )
     while True:
         # Lightning stops after the last batch without asking for more, so the sampler never makes its closing draw.
-        yield from islice(loader, len(loader))
+        epoch = next(iter(loader))
+        yield from (epoch[first : first + batch_size] for first in range(0, used, batch_size))
