@@ -23,7 +23,7 @@ CRYSTAL = {
     "phonons": {"property": "phonons", "structure": COPPER, "supercell": (2, 2, 2), "mesh": (6, 6, 6)},
 }
 DYNAMICS = {
-    "drift": {"property": "energy_drift", "structure": COPPER, "supercell": (2, 2, 2), "duration_ps": 0.5, **MOVING},
+    "drift": {"property": "energy_drift", "structure": COPPER, "supercell": (2, 2, 2), "duration_ps": 0.3, **MOVING},
     "life": {
         "property": "time_to_failure",
         "structure": COPPER,
@@ -38,7 +38,7 @@ DYNAMICS = {
         "melt_kelvin": 4000.0,
         "melt_ps": 0.3,
         "temperature_kelvin": 2000.0,
-        "duration_ps": 0.8,
+        "duration_ps": 0.7,
         "blocks": 2,
         **MOVING,
     },
@@ -49,8 +49,8 @@ DYNAMICS = {
         "temperature_kelvin": 1200.0,
         "melt_kelvin": 4500.0,
         "crystal_ps": 0.0,
-        "melt_ps": 0.8,
-        "duration_ps": 0.6,
+        "melt_ps": 0.6,
+        "duration_ps": 0.4,
         "order_cutoff_angstrom": 3.3,
         "blocks": 3,
         **MOVING,
@@ -89,13 +89,13 @@ def test_a_failure_costs_its_own_property_and_is_counted():
             raise RuntimeError("a kernel broke")
         return forces
 
-    plan = plan_of(CRYSTAL, calculator="emt")
-    rows = evaluate(Altered(broken), plan, references_of(plan), model="broken")
+    plan = plan_of(CRYSTAL)
+    rows = evaluate(Altered(broken), plan, {}, model="broken")
     by_entry = {entry: [row for row in rows if row.entry == entry] for entry in CRYSTAL}
     assert all(row.failed and row.value is None and row.error is None for row in by_entry["phonons"])
     assert {row.reason for row in by_entry["phonons"]} == {"RuntimeError: a kernel broke"}
     assert not any(row.failed for entry in ("eos", "elastic") for row in by_entry[entry])
-    whole = evaluate(EMT(), plan, references_of(plan), model="whole")
+    whole = evaluate(EMT(), plan, {}, model="whole")
     assert [(row.entry, row.quantity, row.unit) for row in rows] == [(r.entry, r.quantity, r.unit) for r in whole]
     assert {found.entry: found.rate.failed for found in failures([*rows, *whole])} == {
         "eos": 0,

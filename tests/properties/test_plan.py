@@ -7,8 +7,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tunebench.properties import registry
 from tunebench.properties.plan import load_plan, plan_schema
 from tunebench.properties.registry import PROPERTIES
+from tunebench.study.errors import RunError
 from tunebench.study.spec import StudyError
 from tunebench.study.strict_yaml import read_yaml
 
@@ -48,6 +50,10 @@ def test_the_schema_describes_every_setting_of_every_property():
             "properties.e.structure.path: found 'none.xyz', allowed: an existing file",
         ),
         (
+            f"properties: {{e: {{property: elastic, normal_strains: [-0.01, 0.0], {COPPER}}}}}",
+            "properties.e.normal_strains[1]: found 0.0, allowed: a strain other than 0",
+        ),
+        (
             "properties: {v: {property: vibrations, structure: {kind: molecule, name: ethanoll}}}",
             "properties.v.structure of molecule: found 'ethanoll'",
         ),
@@ -72,6 +78,14 @@ def test_a_plan_that_is_wrong_says_where_in_one_line(tmp_path: Path, text: str, 
         load_plan(plan)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_is_not_installed_is_no_failure_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "matcalc" else True)
+    with pytest.raises(
+        RunError, match=r"found no matcalc, allowed: what pip install 'tunebench\[properties\]' installs"
+    ):
+        load_plan(tmp_path / "plan.yaml")
 
 
 def test_settings_are_read_without_ray_hydra_torch_or_the_tools_themselves():

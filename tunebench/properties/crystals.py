@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tunebench.properties.measured import Curve, Floats, Measured, PropertyFailure, Value
 from tunebench.properties.relaxation import relaxed
@@ -24,9 +24,16 @@ _VOIGT = [(i, j) for i in range(6) for j in range(i, 6)]
 _CUBIC = {"C11": [(0, 0), (1, 1), (2, 2)], "C12": [(0, 1), (0, 2), (1, 2)], "C44": [(3, 3), (4, 4), (5, 5)]}
 _ALL = {f"C{i + 1}{j + 1}": [(i, j)] for i, j in _VOIGT}
 _MODULI = ("bulk_modulus_vrh", "shear_modulus_vrh")
-Strains = Annotated[
-    tuple[Annotated[float, Field(gt=-0.2, lt=0.2)], ...], Field(strict=False, min_length=2, description="strains")
-]
+
+
+def _not_zero(strain: float) -> float:
+    if strain == 0:
+        raise ValueError("0.0; allowed: a strain other than 0")
+    return strain
+
+
+Strain = Annotated[float, Field(gt=-0.2, lt=0.2), AfterValidator(_not_zero)]
+Strains = Annotated[tuple[Strain, ...], Field(strict=False, min_length=2)]
 
 
 class EquationOfStateSettings(Section):

@@ -14,7 +14,7 @@ from tunebench.properties.measured import Curve, Measured, PropertyFailure, Valu
 from tunebench.properties.phonons import PhononSettings
 from tunebench.properties.phonons_from_forces import phonons_from_forces
 from tunebench.properties.plan import PropertyPlan, Reference, settings_hash
-from tunebench.properties.registry import AnySettings, property_of
+from tunebench.properties.registry import AnySettings, check_installed, property_of
 from tunebench.properties.rows import PropertyRow
 from tunebench.properties.stated import stated_values
 from tunebench.study.paths import existing_file
@@ -65,8 +65,10 @@ def measure(calculator: Calculator, plan: PropertyPlan, base: Path | None = None
     """Outcome of every entry of a plan, curves included; whatever a property raises is its failure.
 
     Raises:
+        RunError: matcalc or phonopy is not installed.
         WorkloadError: a structure of the plan cannot be had.
     """
+    check_installed()
     for settings in plan.properties.values():
         settings_hash(settings, base)  # what the plan itself lacks is no failure of the model
     return {entry: measure_one(calculator, settings, base) for entry, settings in plan.properties.items()}
@@ -133,38 +135,29 @@ def compare(
     reason = str(outcome) if isinstance(outcome, PropertyFailure) else ""
     if not reason and isinstance(reference, PropertyFailure):
         reason = f"no reference: {reference}"
-    hashed = settings_hash(settings, base)
-    return [
-        _row(model, entry, settings.property, quantity, values.get(quantity), known.get(quantity), unit, reason, hashed)
-        for quantity, unit in units.items()
-    ]
+    of_entry = {
+        "model": model,
+        "entry": entry,
+        "property": str(settings.property),
+        "settings_hash": settings_hash(settings, base),
+    }
+    return [_row(of_entry, name, unit, values.get(name), known.get(name), reason) for name, unit in units.items()]
 
 
 def _row(
-    model: str,
-    entry: str,
-    kind: str,
-    quantity: str,
-    value: Value | None,
-    reference: Value | None,
-    unit: str,
-    reason: str,
-    hashed: str,
+    of_entry: Mapping[str, str], quantity: str, unit: str, value: Value | None, reference: Value | None, reason: str
 ) -> PropertyRow:
     return PropertyRow(
-        model=model,
-        entry=entry,
-        property=kind,
+        **of_entry,
         quantity=quantity,
+        unit=unit,
         value=value.value if value else None,
         standard_error=value.standard_error if value else None,
         reference=reference.value if reference else None,
         reference_standard_error=reference.standard_error if reference else None,
         error=value.value - reference.value if value and reference else None,
-        unit=unit,
         failed=value is None,
         reason=reason or ("" if value else "its points are not those of the reference"),
-        settings_hash=hashed,
     )
 
 

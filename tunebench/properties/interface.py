@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunebench.properties.blocks import line_through, mean_of
-from tunebench.properties.coexistence import LEAST_CONTRAST, InterfaceSettings, coexistence, under_pressure
+from tunebench.properties.coexistence import InterfaceSettings, coexistence, under_pressure
 from tunebench.properties.dynamics import Guard, run, sample_times
 from tunebench.properties.measured import Curve, Floats, Measured, PropertyFailure, Value
 from tunebench.properties.order import averaged_bond_order
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
 
+_LEAST_CONTRAST = 0.08  # between the bond orders of crystal and melt; copper's differ by 0.25 to 0.35
 _TEN_TO_NINETY = 2.0 * np.arctanh(0.8)  # widths of a tanh between 10 and 90 % of its step
 _ANGSTROM_PER_PS_IN_M_PER_S = 100.0
 _ALONE = 0.15  # share of a phase below which its two interfaces see each other
@@ -160,7 +161,7 @@ def _phases(looks: Sequence[Look], places: Floats, settings: InterfaceSettings) 
         solid_density=float(solid.sum() / volume),
         liquid_density=float(liquid.sum() / volume),
     )
-    if not found.solid_order - found.liquid_order >= LEAST_CONTRAST:
+    if not found.solid_order - found.liquid_order >= _LEAST_CONTRAST:
         raise PropertyFailure(
             f"crystal and melt cannot be told apart: bond orders {found.solid_order:.3f} and {found.liquid_order:.3f}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tunebench.properties.registry import AnySettings, property_of
+from tunebench.properties.registry import AnySettings, check_installed, property_of
 from tunebench.properties.stated import StatedFile, stated_values
 from tunebench.properties.structures import atoms_of
 from tunebench.study.paths import NoSuchFileError, existing_file
@@ -51,8 +51,10 @@ def load_plan(file: Path) -> PropertyPlan:
     """Read a plan, and find every structure and file it names; relative paths start at its folder.
 
     Raises:
+        RunError: matcalc or phonopy is not installed.
         StudyError: what is wrong, in one line with the file, the key, what was found and what is allowed.
     """
+    check_installed()
     plan = parse(PropertyPlan, read_yaml(file), file)
     raise_problems(file, [*_structures(plan, file.parent), *_references(plan, file.parent)])
     return plan

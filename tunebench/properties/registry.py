@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from tunebench.properties import coexistence, crystals, dynamics, interface, liquids, molecules, phonons
 from tunebench.properties.measured import Measured
+from tunebench.study.errors import RunError
 from tunebench.study.spec import Section
 
 if TYPE_CHECKING:
@@ -119,6 +121,14 @@ AnySettings = Annotated[
     | coexistence.InterfaceSettings,
     Field(discriminator="property"),
 ]
+
+
+def check_installed() -> None:
+    """Raises RunError where a library of the extra `properties` is missing, which is no failure of a model."""
+    missing = [name for name in ("matcalc", "phonopy") if find_spec(name) is None]
+    if missing:
+        allowed = "what pip install 'tunebench[properties]' installs"
+        raise RunError(f"properties: found no {' and no '.join(missing)}, allowed: {allowed}")
 
 
 def property_of(settings: AnySettings) -> Property:
