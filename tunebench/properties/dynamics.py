@@ -151,31 +151,19 @@ def run(
     Raises:
         Exploded: a limit is met.
     """
-    steps, every = round(1000.0 * duration_ps / settings.timestep_fs), settings.sample_every_steps
-    for done in range(every, steps + 1, every):
+    steps, done = round(1000.0 * duration_ps / settings.timestep_fs), 0
+    while done < steps:
+        chunk = min(settings.sample_every_steps, steps - done)
+        done += chunk
         try:
-            dynamics.run(every)
-        except (ValueError, RuntimeError, FloatingPointError, np.linalg.LinAlgError) as error:
-            raise Exploded(
-                f"the potential fails ({' '.join(str(error).split())[:160]})", _ps(done, settings)
-            ) from error
+            dynamics.run(chunk)
+        except Exception as error:  # neighbour lists of all kinds refuse such numbers before the guard sees them
+            if np.isfinite(dynamics.atoms.positions).all():
+                raise
+            raise Exploded("numbers that are not finite", _ps(done, settings)) from error
         guard.check(dynamics.atoms, _ps(done, settings))
-        if sample:
+        if sample and chunk == settings.sample_every_steps:
             sample(dynamics.atoms)
-
-
-def equilibrated(
-    calculator: Calculator, settings: DynamicsSettings, base: Path | None = None
-) -> tuple[Atoms, np.random.Generator, Guard]:
-    """Atoms after the Langevin dynamics that every property begins with.
-
-    Raises:
-        Exploded: a limit is met.
-    """
-    atoms, generator = started(calculator, settings, base)
-    guard = Guard(atoms, settings.limits, settings.temperature_kelvin)
-    run(langevin(atoms, settings, settings.temperature_kelvin, generator), settings, settings.equilibration_ps, guard)
-    return atoms, generator, guard
 
 
 # --- drift of the energy ---------------------------------------------------------------------------------------------
@@ -198,7 +186,10 @@ def energy_drift(calculator: Calculator, settings: DriftSettings, base: Path | N
     from ase import units
     from ase.md.verlet import VelocityVerlet
 
-    atoms, _, guard = equilibrated(calculator, settings, base)
+    atoms, generator = started(calculator, settings, base)
+    guard = Guard(atoms, settings.limits, settings.temperature_kelvin)
+    thermostat = langevin(atoms, settings, settings.temperature_kelvin, generator)
+    run(thermostat, settings, settings.equilibration_ps, guard)
     energies, temperatures = [], []
 
     def sample(now: Atoms) -> None:
