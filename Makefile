@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/tunebench run studies/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

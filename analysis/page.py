@@ -22,6 +22,7 @@ from analysis.charts.run_charts import Charts
 from analysis.charts.search_charts import objective_label
 from analysis.checklist import checklist
 from analysis.comparison import Comparison
+from analysis.curvature import EXPLAINS, curvature_table, missing_preconditioners
 from analysis.figure_style import look
 from analysis.headline import cost, evidence, remedies, uses
 from analysis.ledger import ledgers, spread
@@ -30,6 +31,7 @@ from analysis.mean_ranks import mean_ranks
 from analysis.methods import methods
 from analysis.page_tables import Table, study_tables, workload_tables
 from analysis.ranking import Ranking, WorkloadRanking
+from analysis.refinement import refinement_table, refused
 from analysis.statistics import Interval
 from analysis.trial_table import trial_table
 from analysis.verdict import MINIMUM_SEEDS
@@ -74,6 +76,11 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         uses=uses(run, ranking),
         charts=drawn.by_workload,
         study_charts=drawn.of_study,
+        curvature=drawn.curvature,
+        curvature_charts=drawn.of_curvature,
+        curvature_table=curvature_table(drawn.curvature),
+        missing_preconditioners=missing_preconditioners(drawn.curvature),
+        explains=EXPLAINS,
         no_ranks=ranks if isinstance(ranks, str) else "",
         answers=[_answer(run, workload) for workload in ranking.workloads],
         checklist=checklist(run, ranking),
@@ -119,12 +126,13 @@ def pack(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the page says first about a workload: columns of errors and one row per arm."""
+    """What the page says about a workload: columns of errors and one row per arm, further tables, notes below them."""
 
     ranking: WorkloadRanking
     columns: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
     tables: tuple[Table, ...]
+    notes: tuple[str, ...]
 
 
 def _answer(run: Run, workload: WorkloadRanking) -> Answer:
@@ -139,7 +147,10 @@ def _answer(run: Run, workload: WorkloadRanking) -> Answer:
         ranking=workload,
         columns=(*(f"{split} {_ERROR_WORDS[metric]}" for split, metric in cells), *compared),
         rows=tuple(_answer_row(run, arm, cells, differences) for arm in workload.arms),
-        tables=tuple(workload_tables(workload)),
+        tables=tuple(
+            table for table in (*workload_tables(workload), refinement_table(run, workload.workload)) if table.rows
+        ),
+        notes=tuple(refused(run, workload.workload)),
     )
 
 

@@ -14,17 +14,46 @@ from tunebench.workloads.data import CACHE_VARIABLE, PreparedData, prepare
 
 DATA_VARIABLE = "TUNEBENCH_DATA"
 
+# Whole files are given to workers in this order: what takes longest comes first, and no worker is left alone with it.
+LONGEST_FIRST = (
+    "tests/tuning/test_kill.py",
+    "tests/tuning/test_pool.py",
+    "tests/tuning/test_run.py",
+    "tests/engine/test_fused.py",
+    "tests/engine/test_cohort_and_lightning.py",
+    "tests/tuning/test_control.py",
+    "tests/tuning/test_tensorboard.py",
+    "tests/engine/test_cohort.py",
+    "tests/engine/test_functional.py",
+    "tests/engine/test_nequip_train.py",
+)
+
 # Equal examples at every run, however busy the machine is.
 settings.register_profile("tunebench", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tunebench")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; all else keeps its place."""
+    rank = {file: index for index, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of pytest-xdist, where they share what takes long to make."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def session_cache(tmp_path_factory: pytest.TempPathFactory):
-    """One cache of prepared data for all tests, away from the user's."""
+def session_cache(shared_folder: Path):
+    """One cache of prepared data and graphs for all tests and workers, away from the user's."""
+    cache = shared_folder / "cache"
+    cache.mkdir(exist_ok=True)
     before = os.environ.get(CACHE_VARIABLE)
-    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
-    yield Path(os.environ[CACHE_VARIABLE])
+    os.environ[CACHE_VARIABLE] = str(cache)
+    yield cache
     if before is None:
         del os.environ[CACHE_VARIABLE]
     else:

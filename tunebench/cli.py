@@ -272,6 +272,52 @@ def replay(
     _print(replay_run(run_folder, changes, arrivals, seed), as_json, _replay_view)
 
 
+@app.command("curvature")
+def curvature_command(
+    run_folder: RunFolder,
+    trial: Annotated[str, typer.Argument(help="trial id, or the start of one")],
+    at: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="step to train the trial to again, may be repeated; left out, its checkpoint is read"),
+    ] = None,
+    rungs: Annotated[bool, typer.Option("--rungs", help="train it again to each of its rungs and to its end")] = False,
+    frames: Annotated[int, typer.Option(min=1, help="training frames that the loss runs over at most")] = 40,
+    chunk_frames: Annotated[int, typer.Option(min=1, help="of them, those that go through the model together")] = 8,
+    probes: Annotated[int, typer.Option(min=1, help="random vectors of the spectral density")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps from each of them")] = 40,
+    trace_products: Annotated[int, typer.Option(min=0, help="products for the trace, 0 or at least 3")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="of frames and random vectors")] = 0,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="keep no graphs: less memory, up to twice the time")
+    ] = False,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="left out, CUDA where there is any")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the curvature of the training loss where a trial has come to, with and without its preconditioner.
+
+    Writes RUN/curvature/TRIAL.json, which the report shows. It explains an optimizer and never ranks one.
+    """
+    from tunebench.curvature.measure import measure_curvature
+    from tunebench.curvature.record import CurvatureSettings, summary_rows
+
+    settings = CurvatureSettings(
+        frames=frames,
+        chunk_frames=chunk_frames,
+        probes=probes,
+        steps=steps,
+        trace_products=trace_products,
+        seed=seed,
+        keep_graphs=not recompute,
+    )
+    console = _stderr()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    record = measure_curvature(run_folder, trial, settings, say, at=at or (), along_rungs=rungs, device=device)
+    _print(summary_rows(record), as_json, _curvature_table)
+
+
 @app.command("report")
 def report_command(
     run_folder: RunFolder,
@@ -519,6 +565,15 @@ def _replay_view(summary: dict[str, Any]) -> Group:
         counts = (str(row[name]) for name in ("sentinels", "would_stop", "wrongly"))
         evidence.add_row(row["arm"], *counts, _rate(row))
     return Group(replayed, evidence)
+
+
+def _curvature_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("step", "operator", "largest", "least", "trace", "condition", "spread, decades", "products", "s")
+    for row in rows:
+        wanted = (row[name] for name in ("largest", "least", "trace", "condition", "spread_decades"))
+        numbers = ["" if value is None else f"{value:.3g}" for value in wanted]
+        table.add_row(str(row["step"]), row["operator"], *numbers, str(row["products"]), f"{row['seconds']:.1f}")
+    return table
 
 
 def _doctor_table(found: list[dict[str, Any]]) -> Table:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analysis.charts.chart import Chart
+from analysis.charts.curvature_charts import curvature_charts
 from analysis.charts.search_charts import best_of_n_chart, sensitivity_chart, tuning_chart
 from analysis.charts.study_charts import study_charts
 from analysis.charts.workload_charts import endings_chart, error_chart, learning_chart, pareto_chart
+from analysis.curvature import Curvature, curvature_of
 from analysis.load import Run
 from analysis.ranking import Ranking
 
@@ -24,15 +26,18 @@ _OF_WORKLOAD = (
 
 @dataclass(frozen=True, kw_only=True)
 class Charts:
-    """Charts by workload, and those over all workloads."""
+    """Charts by workload, those over all workloads, and those of curvature with what they show."""
 
     by_workload: dict[str, tuple[Chart, ...]]
     of_study: tuple[Chart, ...]
+    of_curvature: tuple[Chart, ...]
+    curvature: Curvature
 
     @property
     def every(self) -> tuple[Chart, ...]:
         """All of them."""
-        return (*(chart for charts in self.by_workload.values() for chart in charts), *self.of_study)
+        of_workloads = (chart for charts in self.by_workload.values() for chart in charts)
+        return (*of_workloads, *self.of_study, *self.of_curvature)
 
 
 def run_charts(run: Run, ranking: Ranking) -> Charts:
@@ -41,4 +46,10 @@ def run_charts(run: Run, ranking: Ranking) -> Charts:
         workload.workload: tuple(chart for make in _OF_WORKLOAD if (chart := make(run, workload)) is not None)
         for workload in ranking.workloads
     }
-    return Charts(by_workload=by_workload, of_study=tuple(study_charts(run, ranking)))
+    curvature = curvature_of(run)
+    return Charts(
+        by_workload=by_workload,
+        of_study=tuple(study_charts(run, ranking)),
+        of_curvature=tuple(curvature_charts(run, curvature)),
+        curvature=curvature,
+    )

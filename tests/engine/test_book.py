@@ -24,7 +24,7 @@ STEPS = (2, 4, 6, 8)
 @pytest.fixture
 def task(make_task: MakeTask) -> TrialTask:
     """A trial that is decided on at step 6 and whose files are written every hour."""
-    return replace(make_task(evaluation_steps=STEPS), rungs=(6,), written_every_s=3600.0)
+    return replace(make_task(family="allegro", evaluation_steps=STEPS), rungs=(6,), written_every_s=3600.0)
 
 
 def evaluate(book: TrialBook, *steps: int) -> list[int]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._inductor import config as inductor_config
 from torch.func import grad, vmap
 
 from tests.engine.test_functional import batches, build, perturbed
+from tests.forked import PROCESSES
 from tunebench.engine import fused
 from tunebench.engine.functional import FunctionalModel, functional_model
 from tunebench.engine.fused import Disagreement, Evaluate, Fused, LossGradient, Unfused, agrees, fuse, quickest, unfuse
@@ -228,7 +228,7 @@ def fuse_in_a_process(cache: Path) -> tuple[str, list[float]]:
 
 
 def test_processes_that_race_for_one_cache_all_get_the_compiled_function(tmp_path):
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=PROCESSES) as pool:
         first, second = pool.map(fuse_in_a_process, [tmp_path] * 2)
     assert first == second == ("Fused", fuse_in_a_process(tmp_path)[1])
     assert not list(tmp_path.glob(".*"))

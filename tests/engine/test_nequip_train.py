@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import yaml
 
 from tests.engine.conftest import MakeTask, Reports
 from tests.engine.test_lightning import assert_same_state
+from tests.forked import nequip_command
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.nequip_config import plain_nequip_config
 from tunebench.engine.task import TrialTask
@@ -105,11 +103,3 @@ def nequip_train(config: dict, folder: Path, *overrides: str) -> None:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     nequip_command("nequip-train", "-cp", str(folder), "-cn", "config", *overrides, folder=folder)
-
-
-def nequip_command(name: str, *arguments: str, folder: Path) -> None:
-    """Runs a command that is installed beside this Python."""
-    command = [str(Path(sys.executable).parent / name), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -6,7 +6,12 @@ from torch._inductor import standalone_compile
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tunebench.engine.rewrites import constants_as_inputs, own_memory_for_scatter_bases, simplify
+from tunebench.engine.rewrites import (
+    constants_as_inputs,
+    own_memory_for_scatter_bases,
+    simplify,
+    small_products_as_sums,
+)
 
 aten = torch.ops.aten
 SLOTS, ROWS, FEATURES, EDGES = 3, 5, 4, 7
@@ -118,3 +123,26 @@ def test_tensors_that_a_graph_holds_become_inputs():
     assert not any(node.op == "get_attr" for node in module.graph.nodes)
     assert len(constants) == 1
     assert torch.equal(module(draw(5, 4), *constants)[0], expected)
+
+
+SMALL = {
+    "tiny matrices on every edge": ((3000, 5, 4), (3000, 4, 7)),
+    "a row on every edge": ((3000, 1, 3), (3000, 3, 7)),
+    "a long table times a small matrix": ((3000, 5), (5, 9)),
+}
+LARGE = {
+    "long sums": ((3000, 2, 32), (3000, 32, 3)),
+    "few matrices": ((32, 137, 4), (32, 4, 64)),
+    "a wide result": ((3000, 5), (5, 64)),
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_only_short_sums_over_many_matrices_are_written_out_and_keep_their_value(name):
+    left, right = (draw(*shape) for shape in (SMALL | LARGE)[name])
+    module = simplify(traced(torch.matmul, left, right))
+    expected = torch.matmul(left, right)
+    assert small_products_as_sums(module) == (name in SMALL)
+    assert ("aten.sum.dim_IntList" in targets(module)) == (name in SMALL)
+    (found,) = module(left, right)
+    torch.testing.assert_close(found, expected)

@@ -29,7 +29,8 @@ def test_the_knee_is_where_doubling_stops_paying_for_good(measured: list[SlotTim
 
 
 def test_slots_are_measured_with_real_steps_of_the_workload(make_task: MakeTask) -> None:
-    measured = measure_slots(make_task("adamw", steps=40, evaluation_steps=(40,)), 4, lambda found, device: True)
+    task = make_task(family="allegro", steps=40, evaluation_steps=(40,))
+    measured = measure_slots(task, 4, lambda found, device: True)
     assert [timing.slots for timing in measured] == [1, 2, 4]
     assert all(timing.step_s > 0 for timing in measured)
 
@@ -45,10 +46,10 @@ def test_running_out_of_memory_ends_the_measurement_with_what_fits(
         run(cohort, steps)
 
     monkeypatch.setattr(Cohort, "run", full_at_two_slots)
-    assert automatic_slots(make_task("adamw"), most=8) == 1
+    assert automatic_slots(make_task(family="allegro"), most=8) == 1
 
 
 def test_the_measurement_leaves_nothing_in_the_run(make_task: MakeTask) -> None:
-    task = make_task("adamw")
+    task = make_task(family="allegro")
     assert automatic_slots(task, most=2) in (1, 2)
     assert not task.run.exists()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from nequip.model import ModelFromCheckpoint, ModelFromPackage
 
 from tests.engine.conftest import MakeTask, Reports, make_task  # noqa: F401  # the fixture of a short trial
+from tests.forked import nequip_command
 from tests.optim.models import ALLEGRO_TWO_LAYERS, NEQUIP_FOUR_LAYERS, SPLINE, model_of
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder
 from tunebench.engine.lightning import run_trial
@@ -270,9 +269,7 @@ def test_a_model_from_a_checkpoint_or_a_package_has_the_same_blocks(
     run_trial(task, Reports())
     checkpoint = checkpoint_folder(task.run, task.key.trial_id) / FINAL
     package = tmp_path / "model.nequip.zip"
-    command = [str(Path(sys.executable).parent / "nequip-package"), "build", str(checkpoint), str(package)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    nequip_command("nequip-package", "build", str(checkpoint), str(package), folder=tmp_path)
 
     built = model_of(family, types=tuple(task.data.type_names))
     for loaded in (ModelFromCheckpoint(str(checkpoint)), ModelFromPackage(str(package))):

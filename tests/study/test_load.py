@@ -202,12 +202,19 @@ def test_the_hash_ignores_formatting_order_of_keys_and_place(tmp_path: Path) -> 
         put("optimizers", 0, value={"name": "adamw", "fixed": {"weight_decay": 0.0}}),
         put("optimizers", 0, value={"name": "adamw", "schedule": {"kind": "linear"}}),
         put("optimizers", value=["schedule_free", "adamw", "muon", "soap"]),
+        put("confirm", "refine", value={}),
     ],
 )
 def test_the_hash_changes_with_anything_that_changes_the_study(edit: Any, tmp_path: Path) -> None:
     study = quickstart()
     edit(study)
     assert resolve(written(tmp_path, study)).hash != resolve(QUICKSTART).hash
+
+
+def test_a_refinement_that_is_switched_off_is_none(tmp_path: Path) -> None:
+    study = quickstart()
+    study["confirm"]["refine"] = None
+    assert resolve(written(tmp_path, study)).hash == resolve(QUICKSTART).hash
 
 
 @pytest.mark.parametrize("edit", [put("engine", value="lightning"), put("resources", value={"slots": 4})])

@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tunebench.study.journal import read_trials
 from tunebench.study.record import TrialRecord
@@ -46,6 +45,16 @@ STUDY: dict[str, Any] = {
 }
 TRIALS = 2 * 3 + 2 * 2
 
+# What `finished_run` has otherwise: rungs at 6 and 12 steps, so that a kill finds somebody between two of them; a
+# sentinel in each arm; few tenants, because each process takes seconds to start; and a seed whose learning rates are
+# so small that rounding stays rounding.
+FINISHED: dict[str, Any] = {
+    "seed": 299,
+    "workloads": [{**STUDY["workloads"][0], "max_steps": 24, "evaluate_every_steps": 6}],
+    "resources": {**STUDY["resources"], "concurrent_trials": 2},
+    "tune": {"trials_per_arm": 3, "asha": {"grace_steps": 6, "reduction_factor": 2, "sentinels": 1}},
+}
+
 
 def python_path(folder: Path) -> str:
     """A value of PYTHONPATH that puts a folder before what is there already."""
@@ -72,24 +81,6 @@ def tunebench(*arguments: str | Path, timeout: float = 600.0, check: bool = True
     return done
 
 
-def killed(arguments: list[str | Path], when: Callable[[], bool], how: signal.Signals, timeout: float = 300.0) -> int:
-    """Start the command in a process group of its own, signal its driver once `when()` holds; returns its exit code."""
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        began = time.monotonic()
-        while not when():
-            assert process.poll() is None, f"the command ended with {process.returncode} before it could be killed"
-            assert time.monotonic() - began < timeout, "the moment to kill never came"
-            time.sleep(0.05)
-        process.send_signal(how)
-        return process.wait(timeout=120)
-    finally:
-        if process.poll() is None:
-            process.kill()
-
-
 def ended(run: Path) -> Mapping[str, TrialRecord]:
     """Closed trials of a run by id; empty where there is no journal yet."""
     try:
@@ -105,8 +96,18 @@ def ranking_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small study run to its end by the installed command."""
-    folder = tmp_path_factory.mktemp("finished")
-    tunebench("run", write_study(folder), "--run", folder / "run")
-    return folder / "run"
+def finished_study(shared_folder: Path) -> Path:
+    """The file of the study that `finished_run` is a run of."""
+    folder = shared_folder / "finished"
+    folder.mkdir(exist_ok=True)
+    return write_study(folder, **FINISHED)
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared_folder: Path, finished_study: Path) -> Path:
+    """A small study run to its end by the installed command, once for all workers."""
+    run = finished_study.parent / "run"
+    with FileLock(shared_folder / "finished.lock"):
+        if not (run / "report" / "ranking.json").exists():
+            tunebench("run", finished_study, "--run", run)
+    return run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tuning.conftest import COMMAND, TRIALS, ended, tunebench, write_study
+from tests.tuning.conftest import COMMAND, TRIALS, ended, tunebench
 from tests.tuning.test_kill import decisions
 from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.record import CHECKPOINTS
@@ -48,9 +48,9 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_study_whose_disk_fills_up_stops_and_goes_on_to_the_same_decisions(
-    small_disk: Path, tmp_path: Path, finished_run: Path
+    small_disk: Path, finished_study: Path, finished_run: Path
 ) -> None:
-    study, run = write_study(tmp_path), small_disk / "run"
+    study, run = finished_study, small_disk / "run"
     command = [*COMMAND, "run", str(study), "--run", str(run), "--no-report"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
         while not any((run / CHECKPOINTS).glob("*/last.pt")):

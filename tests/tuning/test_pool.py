@@ -6,75 +6,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tuning.conftest import COMMAND, STUDY, ended, python_path, tunebench, write_study
+from tests.tuning.conftest import STUDY, python_path, tunebench, write_study
+from tests.tuning.driver import COHORT, TENANT, Driver
 from tunebench.study.journal import read_trials
-from tunebench.study.record import CHECKPOINTS, Reason, Stage
+from tunebench.study.record import Reason, Stage
 from tunebench.tuning.pool import devices_of
 from tunebench.tuning.trial_log import LOGS
 
 LONG = {**STUDY["workloads"][0], "max_steps": 120, "evaluate_every_steps": 12}
 ONE_COHORT = {"slots": 4, "cpus_per_trial": os.cpu_count()}
-COHORT, POOL, TENANT = "CohortActor", "ray::Pool", "ray::ImplicitFunc"
-
-
-class Driver:
-    """A running `tunebench run` and all processes that came of it."""
-
-    def __init__(self, study: Path, run: Path, site: Path, *options: str) -> None:
-        self.run, self._mark = run, f"TUNEBENCH_TEST={uuid.uuid4().hex}"
-        name, value = self._mark.split("=")
-        self.process = subprocess.Popen(
-            [*COMMAND, "run", str(study), "--run", str(run), "--no-report", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, name: value, "PYTHONPATH": python_path(site)},
-        )
-
-    def processes(self, name: str = "") -> list[int]:
-        """Ids of processes of this run whose title holds a name."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and self._mark.encode() in (folder / "environ").read_bytes():
-                    found += [int(folder.name)] if name.encode() in (folder / "cmdline").read_bytes() else []
-            except OSError:  # it has just ended
-                continue
-        return found
-
-    def wait(self, condition: Callable[[], object], timeout_s: float = 300.0) -> None:
-        """Wait for something to become true while the driver runs."""
-        until = time.monotonic() + timeout_s
-        while not condition():
-            assert self.process.poll() is None, f"the run ended: {self.process.communicate()[0][-2000:]}"
-            assert time.monotonic() < until, "it never came true"
-            time.sleep(0.1)
-
-    def trains(self) -> bool:
-        """Whether some trial has a checkpoint and the stage goes on."""
-        return any((self.run / CHECKPOINTS).glob("*/last.pt"))
-
-    def finish(self, timeout_s: float = 600.0) -> int:
-        """Let it run to its end."""
-        self.process.communicate(timeout=timeout_s)
-        return self.process.returncode
-
-    def end(self) -> None:
-        """Leave no process behind, whatever the test did."""
-        for process in [self.process.pid, *self.processes()]:
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait()
 
 
 @pytest.fixture
@@ -91,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
             "resources": ONE_COHORT,
             **changes,
         }
-        drivers.append(Driver(write_study(tmp_path, **content), tmp_path / "run", tmp_path, *options))
+        drivers.append(Driver(write_study(tmp_path, **content), tmp_path / "run", *options, site=tmp_path))
         return drivers[-1]
 
     yield start
@@ -106,12 +51,12 @@ def test_tenants_import_neither_torch_nor_nequip() -> None:
 
 def test_trials_of_a_cohort_that_is_killed_go_on_from_their_checkpoints(start: Callable[..., Driver]) -> None:
     driver = start()
-    driver.wait(driver.trains)
+    driver.wait(driver.saved)
     cohort, *_ = driver.processes(COHORT)
     for tenant in driver.processes(TENANT):
         assert "libtorch" not in Path(f"/proc/{tenant}/maps").read_text()
     os.kill(cohort, signal.SIGKILL)
-    assert driver.finish() == 0
+    assert driver.finish()[0] == 0
     trials = read_trials(driver.run)
     assert {trial.reason for trial in trials} == {Reason.FINISHED}
     assert {trial.engine for trial in trials} == {"cohort"}
@@ -121,40 +66,12 @@ def test_trials_of_a_cohort_that_is_killed_go_on_from_their_checkpoints(start: C
     assert crashed
 
 
-def test_a_tenant_that_is_killed_frees_its_slot_and_comes_back(start: Callable[..., Driver]) -> None:
-    driver = start()
-    driver.wait(driver.trains)
-    os.kill(driver.processes(TENANT)[0], signal.SIGKILL)
-    assert driver.finish() == 0
-    trials = read_trials(driver.run)
-    assert {trial.reason for trial in trials} == {Reason.FINISHED}
-    assert all(trial.ledger["attempts"] <= 3 for trial in trials)  # begun, killed, promoted
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_everything_ends_with_the_driver_and_the_run_goes_on(start: Callable[..., Driver], how: signal.Signals) -> None:
-    driver = start()
-    driver.wait(driver.trains)
-    driver.process.send_signal(how)
-    assert driver.process.wait(timeout=120) == (130 if how != signal.SIGKILL else -signal.SIGKILL)
-    until = time.monotonic() + 60.0  # Ray's own agents may wait for their dead server a little longer
-    while left := [name for name in (COHORT, POOL, TENANT) if driver.processes(name)]:
-        assert time.monotonic() < until, f"still there: {left}"
-        time.sleep(0.5)
-    before = ended(driver.run)
-    tunebench("run", driver.run, "--no-report")
-    after = ended(driver.run)
-    assert len(after) == 3 + 2
-    assert {trial.reason for trial in after.values()} == {Reason.FINISHED}
-    assert all(after[name] == trial for name, trial in before.items())
-
-
 def test_two_workloads_share_one_device_one_after_the_other(start: Callable[..., Driver]) -> None:
     short = {**LONG, "max_steps": 12}
     other = {**short, "name": "ethanol-nequip", "model": {"family": "nequip", "r_max_angstrom": 4.0}}
     stages = {"tune": {"trials_per_arm": 2, "asha": None}, "confirm": {"top_k": 1, "seeds": 1}}
     driver = start(workloads=[short, other], **stages)
-    assert driver.finish() == 0
+    assert driver.finish()[0] == 0
     trials = read_trials(driver.run)
     assert [trial.reason for trial in trials] == [Reason.FINISHED] * 6
     (log,) = (driver.run / LOGS).glob("cohort-*.log")
@@ -178,7 +95,7 @@ def test_a_trial_that_always_kills_its_process_is_crashed_and_takes_no_other_wit
     driver = start(
         workloads=[short], resources={**ONE_COHORT, "max_failures": 1}, tune={"trials_per_arm": 3, "asha": None}
     )
-    assert driver.finish() == 0
+    assert driver.finish()[0] == 0
     trials = {trial.key.trial_id: trial for trial in read_trials(driver.run)}
     crashed = trials.pop("ethanol.adamw.tune.c001.s0")
     assert crashed.reason is Reason.CRASHED
@@ -200,8 +117,8 @@ def test_a_workload_that_cannot_be_traced_trains_alone_beside_one_that_can(
     short = {**LONG, "max_steps": 12}
     one = {"tune": {"trials_per_arm": 1, "asha": None}, "confirm": {"top_k": 1, "seeds": 1}}
     driver = start(engine="auto", workloads=[{**short, "name": "other"}, short], resources={"slots": 2}, **one)
-    output, _ = driver.process.communicate(timeout=600)
-    assert driver.process.returncode == 0, output
+    code, output = driver.finish()
+    assert code == 0, output
     said = [line for line in output.splitlines() if "lightning" in line]
     assert said == ["other: lightning engine, because its model cannot be traced: it draws numbers"]
     trials = read_trials(driver.run)
@@ -230,9 +147,9 @@ def test_the_pool_covers_all_nodes_and_outlives_one(
         driver = start(
             "--address", cluster.address, resources={"slots": 2}, tune=tune, confirm={"top_k": 1, "seeds": 1}
         )
-        driver.wait(lambda: len(list((driver.run / CHECKPOINTS).glob("*/last.pt"))) >= 3)  # one has two slots
+        driver.wait(lambda: len(driver.saved()) >= 3)  # one has two slots
         cluster.remove_node(node, allow_graceful=False)
-        assert driver.finish() == 0
+        assert driver.finish()[0] == 0
     finally:
         cluster.shutdown()
     trials = read_trials(driver.run)

@@ -117,6 +117,16 @@ def test_a_finished_trial_is_closed_with_objective_ledger_groups_and_errors(driv
     assert record.rungs == {3: 0.5}  # and no other evaluation step
 
 
+def test_a_refined_trial_is_closed_with_what_the_refinement_did_and_cost(driver: Driver) -> None:
+    done = {"end": "steps", "message": "4 iterations made", "refine_steps": 25.0, "refine_device_s": 1.5}
+    driver.start(key())
+    driver.report(key(), evaluation(9, 0.25, outcome=Reason.FINISHED, refinement=done))
+    record = driver.record(key())
+    assert record.detail == {"message": "", "refinement": done}
+    assert (record.ledger["refine_steps"], record.ledger["refine_device_s"]) == (25.0, 1.5)
+    assert (record.ledger["steps"], record.ledger["device_s"]) == (9, 9.0)  # training alone
+
+
 def test_a_stopped_trial_is_closed_with_its_rung_and_cutoff(driver: Driver) -> None:
     for index, objective in enumerate((0.5, 0.75)):
         driver.start(key(index))

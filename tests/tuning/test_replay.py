@@ -2,25 +2,26 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.tuning.conftest import STUDY, write_study
 from tunebench.cli import run_command
 from tunebench.engine.curves import write_curve
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import clopper_pearson, false_stops
-from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import rung_steps
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.resolve import resolve
 from tunebench.study.sentinels import sentinel_configurations
 from tunebench.study.spec import Asha, Confirm, Tune
 from tunebench.tuning.ladder import Fate, Ladder
 from tunebench.tuning.replay import Curve, replay, replay_run
+from tunebench.tuning.run_folder import held_run
 
 HORIZON = 400
 LEDGER = {"steps": 12, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
@@ -133,29 +134,43 @@ def test_a_false_stop_is_a_sentinel_that_ends_better_than_all_who_were_let_on() 
     assert found.low < 1 / 3 < found.high
 
 
+def begun(folder: Path, sentinels: int = 1) -> tuple[Path, JournalWriter]:
+    """The run directory of the small study, and its journal with two arms and no trials."""
+    asha = {**STUDY["tune"]["asha"], "sentinels": sentinels}
+    resolved = resolve(write_study(folder, tune={"trials_per_arm": 6, "asha": asha}))
+    with held_run(resolved, folder / "run"):
+        journal = JournalWriter(folder / "run")
+    for optimizer in ("adamw", "soap"):
+        journal.add_arm(f"ethanol/{optimizer}", {})
+    return folder / "run", journal
+
+
+def searched(optimizer: str, index: int) -> TrialKey:
+    return TrialKey(workload="ethanol", optimizer=optimizer, stage=Stage.TUNE, config_index=index, seed_index=0)
+
+
+def train(run: Path, journal: JournalWriter, optimizer: str, draw: np.random.Generator, *, sentinels: bool) -> None:
+    """Six trials of an arm that reach the horizon, with errors drawn at random."""
+    for index in range(6):
+        key = searched(optimizer, index)
+        journal.plan(key, {}, {}, {}, sentinel=sentinels)
+        values = {step: float(value) for step, value in zip((3, 6, 12), draw.random(3), strict=True)}
+        rows = [(key.trial_id, s, 0.0, 0.0, "val", "objective", "raw", v) for s, v in values.items()]
+        write_curve(run, key.trial_id, rows)
+        for step in (3, 6):
+            journal.record_rung(key, step, values[step])
+        journal.finish(key, Reason.FINISHED, value=values[12], detail={}, ledger=LEDGER, result={})
+
+
 class TestRecordedRun:
     """Replays of a run whose trials all reached the horizon."""
 
     @pytest.fixture
-    def run(self, finished_run: Path, tmp_path: Path) -> Path:
-        run = tmp_path / "run"
-        shutil.copytree(finished_run, run)
-        (run / "curves").rename(run / "recorded")
-        (run / "curves").mkdir()
-        journal = JournalWriter(run)
+    def run(self, tmp_path: Path) -> Path:
+        run, journal = begun(tmp_path)
         draw = np.random.default_rng(0)
-        for trial in read_trials(run):
-            if trial.key.stage is not Stage.TUNE or trial.key.config_index:
-                continue
-            for index in range(10, 16):
-                key = replace(trial.key, config_index=index)
-                journal.plan(key, {}, {}, {}, sentinel=True)
-                values = {step: float(value) for step, value in zip((3, 6, 12), draw.random(3), strict=True)}
-                rows = [(key.trial_id, s, 0.0, 0.0, "val", "objective", "raw", v) for s, v in values.items()]
-                write_curve(run, key.trial_id, rows)
-                for step in (3, 6):
-                    journal.record_rung(key, step, values[step])
-                journal.finish(key, Reason.FINISHED, value=values[12], detail={}, ledger=LEDGER, result={})
+        for optimizer in ("adamw", "soap"):
+            train(run, journal, optimizer, draw, sentinels=True)
         return run
 
     def test_the_command_prints_what_would_have_been_lost(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +197,11 @@ class TestRecordedRun:
         assert "allowed: asynchronous" in capsys.readouterr().err
 
 
-def test_a_run_without_sentinels_that_stopped_trials_cannot_be_replayed(finished_run: Path) -> None:
+def test_a_run_without_sentinels_that_stopped_trials_cannot_be_replayed(tmp_path: Path) -> None:
+    run, journal = begun(tmp_path, sentinels=0)
+    train(run, journal, "adamw", np.random.default_rng(0), sentinels=False)
+    assert replay_run(run, {}, arrivals=10, seed=0)["arms"]
+    journal.plan(searched("adamw", 6), {}, {}, {})
+    journal.finish(searched("adamw", 6), Reason.STOPPED_ASHA, value=1.0, detail={}, ledger=LEDGER, result={})
     with pytest.raises(RunError, match=r"allowed: a run with tune\.asha\.sentinels"):
-        replay_run(finished_run, {}, arrivals=10, seed=0)
+        replay_run(run, {}, arrivals=10, seed=0)

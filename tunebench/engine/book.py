@@ -71,7 +71,14 @@ class TrialBook:
         return self._earlier_wall_s + time.perf_counter() - self._began
 
     def evaluated(
-        self, step: int, errors: Errors, *, train_loss: float, learning_rate: float, save: Callable[[], dict[str, Any]]
+        self,
+        step: int,
+        errors: Errors,
+        *,
+        train_loss: float,
+        learning_rate: float,
+        save: Callable[[], dict[str, Any]],
+        refinement: dict[str, Any] | None = None,
     ) -> Evaluation:
         """Decide whether the trial has ended; where it is due write, and keep a checkpoint unless it diverged.
 
@@ -81,8 +88,9 @@ class TrialBook:
             train_loss: mean training loss since the last evaluation.
             learning_rate: of the next step.
             save: makes the engine's part of the checkpoint; called, if at all, once `last` is this evaluation.
+            refinement: what a refinement did, whose errors are among the others.
         """
-        self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate)
+        self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate, refinement=refinement)
         if self.is_due:
             self.write(save() if self.last.is_sound else None)
         return self.last
@@ -94,7 +102,15 @@ class TrialBook:
         since = time.perf_counter() - self._written_at
         return last.outcome is not None or last.step in task.rungs or since >= task.written_every_s
 
-    def judged(self, step: int, errors: Errors, *, train_loss: float, learning_rate: float) -> Evaluation:
+    def judged(
+        self,
+        step: int,
+        errors: Errors,
+        *,
+        train_loss: float,
+        learning_rate: float,
+        refinement: dict[str, Any] | None = None,
+    ) -> Evaluation:
         """Decide whether the trial has ended, and write nothing yet; arguments as for `evaluated`."""
         objectives = {}
         for readout, metrics in errors[Split.VAL].items():
@@ -114,6 +130,7 @@ class TrialBook:
             earlier=self.last.earlier,
             lost=self.last.lost,
             groups=self.groups,
+            refinement=refinement,
         )
         outcome, message = self._outcome(evaluation)
         self.last = replace(evaluation, outcome=outcome, message=message)

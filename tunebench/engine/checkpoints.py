@@ -16,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 FINAL = "final.ckpt"
+REFINED = "refined.pt"
+"""Weights by name after a refinement, in its precision, and what it did; loadable with `weights_only`."""
 
 
 def checkpoint_folder(run: Path, trial_id: str) -> Path:

@@ -26,6 +26,7 @@ from torch.func import vmap
 from tunebench.engine.graphs import Lanes, Replayed, release_memory, synchronize
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits
+from tunebench.engine.refinement import add_refinement
 from tunebench.engine.slot_evaluation import SlotEvaluation
 from tunebench.engine.slot_group import Flat
 from tunebench.engine.slot_groups import SlotGroups
@@ -35,7 +36,7 @@ from tunebench.engine.tenant import ModuleShelf, SlotState, Tenant
 from tunebench.engine.workload_functions import WorkloadFunctions
 from tunebench.optim.clipping import clip_by_global_norm
 from tunebench.optim.packing import Tensors
-from tunebench.study.record import Reason, Split
+from tunebench.study.record import Readout, Reason, Split
 from tunebench.workloads.order import batch_order
 
 _log = logging.getLogger(__name__)
@@ -452,7 +453,8 @@ class Cohort:
         for place, found, loss in zip(due, errors, losses, strict=True):
             tenant = place.tenant
             rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
-            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate)
+            refinement = add_refinement(tenant.task, place.step, found, tenant.model, partial(self._weights_of, tenant))
+            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate, refinement=refinement)
             if not tenant.book.is_due:
                 continue
             saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None
@@ -460,6 +462,9 @@ class Cohort:
         wait(writes)
         for write in writes:
             write.result()
+
+    def _weights_of(self, tenant: Tenant, readout: Readout) -> Tensors:
+        return tenant.weights_of(self.state(tenant.name), readout)
 
     def _keep(self, place: Place) -> None:
         """Write down what a trial that is to go on elsewhere would lose."""

@@ -40,7 +40,12 @@ from tunebench.engine.functional import FunctionalModel, Tensors
 from tunebench.engine.graph_store import GraphSource, GraphStore, graph_key, one_line, tensor_layouts
 from tunebench.engine.graphs import Replayed, synchronize
 from tunebench.engine.loss import LossWeights, weighted_loss
-from tunebench.engine.rewrites import constants_as_inputs, own_memory_for_scatter_bases, simplify
+from tunebench.engine.rewrites import (
+    constants_as_inputs,
+    own_memory_for_scatter_bases,
+    simplify,
+    small_products_as_sums,
+)
 
 log = logging.getLogger(__name__)
 
@@ -374,6 +379,7 @@ def _compiled(
     if module is None:
         module, _ = joint_graph(function, example_inputs)
         constants_as_inputs(module)
+    small_products_as_sums(module)
     inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.source.constants]
     with torch.no_grad(), _inductor_files(store):
         compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs")

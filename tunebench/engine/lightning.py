@@ -28,7 +28,10 @@ from tunebench.engine.modules import build_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.readouts import readout_weights
+from tunebench.engine.refinement import add_refinement
 from tunebench.engine.task import Errors, Evaluation, Report, TrialTask
+from tunebench.optim.matrix_view import trainable_parameters
+from tunebench.optim.packing import Tensors
 from tunebench.optim.realised import BrokenPromise, realised_groups
 from tunebench.study.files import replacing
 from tunebench.study.record import Readout, Reason, Split, Stage
@@ -164,12 +167,14 @@ class _Trial(lightning.Callback):
             self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:
+        errors = self._errors()
         last = self.book.evaluated(
             self.step,
-            self._errors(),
+            errors,
             train_loss=self.module.mean_loss(),
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             save=lambda: self._state(trainer),
+            refinement=add_refinement(self.task, self.step, errors, self.module.model, self._weights),
         )
         try:
             self.report(last)
@@ -178,6 +183,11 @@ class _Trial(lightning.Callback):
             raise
         if last.outcome not in (None, Reason.FINISHED):
             raise _Ended
+
+    def _weights(self, readout: Readout) -> Tensors:
+        """Copies of the weights of a readout, by name."""
+        with readout_weights(self.module, self.optimizer, readout):
+            return {name: p.detach().clone() for name, p in trainable_parameters(self.module.model).items()}
 
     def _errors(self) -> Errors:
         """Errors on the validation split with both readouts, and at the horizon on the splits opened once."""

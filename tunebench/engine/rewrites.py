@@ -57,6 +57,43 @@ def own_memory_for_scatter_bases(module: GraphModule) -> int:
     return mended
 
 
+def small_products_as_sums(module: GraphModule) -> int:
+    """Write products of many tiny matrices as sums of elementwise products; returns how many were rewritten.
+
+    A tensor product multiplies a (5, 5) by a (5, 32) matrix on every edge. Such products move far more than they
+    compute: a library's kernel pads them to tiles, while Inductor unrolls the sum into the operations around it. To be
+    applied before compiling only; uncompiled, the factors' products would be written out.
+    """
+    graph = module.graph
+    rewritten = 0
+    for node in list(graph.nodes):
+        if node.target not in _PRODUCTS or not _is_small(node):
+            continue
+        left, right = node.args
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.unsqueeze.default, (left, -1))
+            rows.meta["val"] = _value(left).unsqueeze(-1)
+            columns = graph.call_function(aten.unsqueeze.default, (right, -3))
+            columns.meta["val"] = _value(right).unsqueeze(-3)
+            terms = graph.call_function(aten.mul.Tensor, (rows, columns))
+            terms.meta["val"] = rows.meta["val"] * columns.meta["val"]
+            node.replace_all_uses_with(_call(graph, node, aten.sum.dim_IntList, terms, [-2]))
+        graph.erase_node(node)
+        rewritten += 1
+    module.recompile()
+    return rewritten
+
+
+def _is_small(node: Any) -> bool:
+    """Whether the sum is short and there are many more matrices than their size, or many more rows than columns."""
+    left, right = (_value(argument) for argument in node.args)
+    if left.shape[-1] > _SHORT_SUM:
+        return False
+    if node.target is aten.mm.default:
+        return left.shape[0] > _MANY and right.shape[1] <= _FEW_COLUMNS
+    return left.shape[0] > _MANY
+
+
 def constants_as_inputs(module: GraphModule) -> tuple[torch.Tensor, ...]:
     """Turn tensors that a graph holds into further inputs, and return them.
 
@@ -296,6 +333,10 @@ _VIEWS = frozenset(
         aten._unsafe_view.default,
     }
 )
+_PRODUCTS = frozenset({aten.bmm.default, aten.mm.default})
+_SHORT_SUM = 5  # spherical harmonics of degree 2
+_FEW_COLUMNS = 32
+_MANY = 2048
 _REPEATS = frozenset({aten.expand.default, prims.broadcast_in_dim.default})
 _SCATTERS = frozenset(
     {

@@ -13,7 +13,7 @@ from tunebench.study.plan import ArmPlan
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import Treats
-from tunebench.study.spec import Objective, Schedule, Workload
+from tunebench.study.spec import Objective, Refinement, Schedule, Workload
 from tunebench.workloads.data import PreparedData
 
 Errors = dict[str, dict[str, dict[str, float]]]
@@ -45,6 +45,7 @@ class TrialTask:
         treats: the weights that the optimizer's own rule must treat, as its search space promises.
         written_every_s: seconds between two writings of its files; the first evaluation, a rung and the end are always
             written.
+        refine: how the trial is refined at the workload's horizon; None for not at all.
     """
 
     key: TrialKey
@@ -65,6 +66,7 @@ class TrialTask:
     rungs: tuple[int, ...] = ()
     written_every_s: float = 30.0
     horizons: tuple[int, ...] = ()
+    refine: Refinement | None = None
 
     def __post_init__(self) -> None:
         """Refuse a trial that would not be measured at its horizons."""
@@ -126,6 +128,7 @@ class Evaluation:
         earlier: what the trial spent at shorter horizons.
         lost: what kills and crashes took, at any horizon, and it had to do again; to `NOTE_EVERY_S` seconds each.
         outcome: set in the last report of a trial that ended by itself.
+        refinement: what the refinement did, plain data; None where there was none.
     """
 
     step: int
@@ -143,6 +146,7 @@ class Evaluation:
     outcome: Reason | None = None
     message: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
+    refinement: dict[str, Any] | None = None
 
     @property
     def done(self) -> Work:
@@ -218,6 +222,7 @@ def trial_task(
         treats=arm.space.treats,
         rungs=arm.rungs if key.stage is Stage.TUNE else (),
         horizons=arm.horizons if key.stage is Stage.TUNE else (),
+        refine=resolved.study.confirm.refine if key.stage is Stage.CONFIRM else None,
     )
 
 

@@ -29,6 +29,7 @@ from tunebench.optim.optimizer import BlockOptimizer, RuleOptimizer, state_key
 from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.realised import realised_groups
 from tunebench.optim.rule import UpdateRule
+from tunebench.optim.rules.schedule_free import ScheduleFree
 from tunebench.study.files import replacing
 from tunebench.study.record import Readout, Reason, Stage
 from tunebench.workloads.models import build_model
@@ -130,6 +131,16 @@ class Tenant:
         position = {id(p): index for index, p in enumerate(self.model.parameters())}
         held = self._module.ema.ema_weights
         return {n: held[position[id(p)]].detach().clone() for n, p in trainable_parameters(self.model).items()}
+
+    def weights_of(self, state: SlotState, readout: Readout) -> Tensors:
+        """The weights of a readout in a state of the trial, by name."""
+        if readout is Readout.RAW:
+            return state.weights
+        if not isinstance(self.rule, ScheduleFree):
+            return state.averages
+        hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.hyper.items()}
+        averaged = self.rule.averaged(self.rule.packing.pack(state.weights), state.optimizer, hyper)
+        return self.rule.packing.unpack(averaged)
 
     def learning_rate_factors(self) -> torch.Tensor:
         """What the schedule makes of the learning rate at each step, float64 (workload's horizon + 1,)."""

@@ -52,11 +52,13 @@ class Readout(StrEnum):
 
     RAW: the weights the optimizer steps on. EMA: their exponential moving average.
     SCHEDULE_FREE: the averaged iterate x of schedule-free optimizers, which takes EMA's place in their arms.
+    REFINED: those that counted, after the study's second-order refinement; they never select and never rank.
     """
 
     RAW = "raw"
     EMA = "ema"
     SCHEDULE_FREE = "schedule_free"
+    REFINED = "refined"
 
 
 class Split(StrEnum):
@@ -118,7 +120,8 @@ class TrialRecord:
     Attributes:
         state: Optuna's state name: WAITING, RUNNING, COMPLETE, PRUNED or FAIL.
         reason: why it ended, ``None`` while it has not.
-        detail: what the reason needs, for STOPPED_ASHA ``{rung, cutoff, value, recorded}``, else ``{message}``.
+        detail: what the reason needs, for STOPPED_ASHA ``{rung, cutoff, value, recorded}``, else ``{message}``; with
+            a refinement what it did, ``refinement: {end, message, iterations, loss_before, loss_after, ...}``.
         value: the study's objective on the validation split at the last evaluation (lower is better), or ``None``.
         params: the sampled hyperparameters. rungs: step -> objective.
         decisions: what its rungs said of it in turn, ``{trial, rung, value, cutoff, competitors, goes_on, sentinel}``;
@@ -128,7 +131,9 @@ class TrialRecord:
             empty in the confirm stage and under TPE.
         seeds: named seeds ``{init, order, labels}``.
         ledger: ``{steps, lost_steps, wall_s, device_s, attempts}``; steps at shorter horizons count, and the seconds of
-            steps that a kill or a crash took, ``lost_steps``, count as well; device-seconds exclude evaluation.
+            steps that a kill or a crash took, ``lost_steps``, count as well; device-seconds exclude evaluation. With a
+            refinement also ``refine_steps``, training steps that see as many frames, and ``refine_device_s``, which
+            the others leave out.
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
         engine: what trained it last, ``cohort`` or ``lightning``; None before its start.

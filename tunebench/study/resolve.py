@@ -137,6 +137,8 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
     """Search spaces count by what they say, not by where their files lie; who trains a trial does not count."""
     data: dict[str, Any] = study.model_dump(mode="json")
     del data["engine"], data["resources"]["slots"]
+    if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
+        del data["confirm"]["refine"]
     for arm in data["optimizers"]:
         del arm["search_space"]
     content = {"study": data, "spaces": {name: space.model_dump(mode="json") for name, space in spaces.items()}}

@@ -311,11 +311,31 @@ class Tune(Section):
     )
 
 
+class Refinement(Section):
+    """Second-order refinement: full-batch L-BFGS with a strong Wolfe line search, from the weights that count."""
+
+    steps: PositiveInt = Field(default=100, description="L-BFGS iterations at most")
+    history: PositiveInt = Field(default=20, description="earlier iterations that shape a direction")
+    evaluate_every: PositiveInt = Field(default=5, description="iterations between two looks at the validation split")
+    tolerance_gradient: NonNegativeFloat = Field(
+        default=1e-8, description="converged at this largest gradient element of the loss over its first value"
+    )
+    tolerance_change: NonNegativeFloat = Field(
+        default=1e-10, description="converged where an iteration lowers the loss over its first value by less"
+    )
+    dtype: Literal["float32", "float64"] = Field(default="float64", description="weights and arithmetic meanwhile")
+    chunk_frames: PositiveInt = Field(default=32, description="frames that go through the model together")
+
+
 class Confirm(Section):
     """Confirm stage: the best configurations, fresh seeds, full horizon, test split."""
 
     top_k: PositiveInt = Field(default=3, description="configurations of each arm that are run again")
     seeds: PositiveInt = Field(default=5, description="fresh seeds for each of them")
+    refine: Refinement | None = Field(
+        default=None,
+        description="refine every confirm trial at its horizon and report it beside the plain one; never ranks",
+    )
 
 
 def _slots(value: object) -> object:

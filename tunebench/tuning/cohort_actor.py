@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 
 from tunebench.engine.task import TrialTask
-from tunebench.tuning.tenancy import Handle
+from tunebench.tuning.handle import Handle
 from tunebench.tuning.trial_log import log_to
 from tunebench.workloads.data import graphs_folder
 

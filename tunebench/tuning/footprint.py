@@ -18,12 +18,13 @@ def disk_bytes(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> int
     """Bytes of all checkpoints that may lie there at once.
 
     Those of the tune stage while trials wait at their rungs, and those kept after the confirm stage: two files of each
-    trial, one to resume and NequIP's own.
+    trial, one to resume and NequIP's own, and with a refinement a third one, which is at most as large.
     """
     confirm, keeps = resolved.study.confirm, resolved.study.keep_checkpoints != "none"
+    files = 2 if confirm.refine is None else 3
     total = 0
     for arm in plan_arms(resolved):
-        kept = 2 * min(confirm.top_k, arm.trials) * confirm.seeds if keeps else 0
+        kept = files * min(confirm.top_k, arm.trials) * confirm.seeds if keeps else 0
         total += checkpoint_bytes(resolved, arm, data[arm.workload.name]) * (arm.trials + kept)
     return total
 

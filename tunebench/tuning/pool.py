@@ -24,8 +24,8 @@ from tunebench.engine.task import TrialTask
 from tunebench.study.spec import Resources
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.failures import node_is_gone
+from tunebench.tuning.handle import Handle
 from tunebench.tuning.placement import Admit, Placement
-from tunebench.tuning.tenancy import Handle
 from tunebench.tuning.trial_log import log_to
 
 log = logging.getLogger(__name__)

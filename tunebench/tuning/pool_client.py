@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tunebench.engine.task import TrialTask
 from tunebench.study.errors import RunStopped
 from tunebench.study.spec import Resources
+from tunebench.tuning.handle import Handle
 from tunebench.tuning.pool import Pool
-from tunebench.tuning.tenancy import Handle
 from tunebench.tuning.trial_log import LOGS
 
 _ASK_EVERY_S = 2.0

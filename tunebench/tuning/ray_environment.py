@@ -24,6 +24,8 @@ def set_ray_environment(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # tenants of a cohort are many for each core; with one at a time for each core Ray warns of them on the screen
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    # workers that Ray starts beforehand have no `runtime_env`; none of this program's actors could take them
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -82,7 +82,8 @@ class Recorder(Callback):
         self._write_decisions()  # after the rung: what a kill leaves out is decided again from the rungs
         self._progress.evaluated(key, evaluation)
         if evaluation.outcome is not None:
-            self._finish(key, evaluation.outcome, {"message": evaluation.message})
+            refinement = {"refinement": evaluation.refinement} if evaluation.refinement else {}
+            self._finish(key, evaluation.outcome, {"message": evaluation.message, **refinement})
         elif evaluation.at_rung or key.trial_id in self._scheduler.waiting:
             self._settle(key, result)
 
@@ -181,8 +182,10 @@ def _detail(decision: Decision) -> dict[str, Any]:
 def _ledger(last: Evaluation | None) -> dict[str, float]:
     if last is None:
         last = Evaluation.without_steps(attempts=1)
+    refined = last.refinement or {}
     return {
         **asdict(last.spent + replace(last.lost, steps=0)),
         "lost_steps": last.lost.steps,
         "attempts": last.attempts,
+        **{entry: refined[entry] for entry in ("refine_steps", "refine_device_s") if entry in refined},
     }

@@ -14,12 +14,10 @@ import ray
 from ray import tune
 from ray.exceptions import RayActorError, RayTaskError
 
+from tunebench.tuning.handle import Handle
 from tunebench.tuning.trial_log import log_to, trial_log
 
 log = logging.getLogger(__name__)
-
-Handle = Any
-"""An actor; Ray knows its methods only at run time."""
 
 VISIT = "visit"
 """Key of a report that names the stay in a slot: a trial that was paused may come back before it is known to have left.

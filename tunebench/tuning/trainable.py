@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from tunebench.tuning.tenancy import Handle, rent
+from tunebench.tuning.handle import Handle
+from tunebench.tuning.tenancy import rent
 from tunebench.tuning.trial_log import log_to, trial_log
 
 if TYPE_CHECKING:
