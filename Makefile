@@ -37,7 +37,7 @@ docs: $(INSTALLED)
 lock:
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install -q torch==2.13.0
-	.lock-venv/bin/python -m pip install -q -e '.[dev]'
+	.lock-venv/bin/python -m pip install -q -e '.[dev,properties]'
 	.lock-venv/bin/python -m pip freeze --exclude-editable --exclude tunebench | sed 's/^torch==\(.*\)+cpu$$/torch==\1/' > requirements.lock
 	rm -rf .lock-venv
 

@@ -212,3 +212,22 @@ def test_watch_without_a_terminal_prints_what_has_changed(
     assert run_command(["watch", str(synthetic_run), "--every", "0.1"]) == DONE
     said = capsys.readouterr().out
     assert [said.count(f": {state}\n") + said.count(f": {state} ") for state in ("not finished", "finished")] == [1, 1]
+
+
+def test_properties_compares_a_teacher_with_itself_and_exits_1_for_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan, out = tmp_path / "plan.yaml", tmp_path / "rows.json"
+    crystal = "{kind: crystal, formula: FORMULA, lattice: fcc, a_angstrom: 3.6}"
+    entry = "{property: elastic, relax_ions: false, structure: CRYSTAL}"
+    text = f"properties: {{cu: {entry}}}\nreference: {{calculator: emt}}\n"
+    plan.write_text(text.replace("CRYSTAL", crystal).replace("FORMULA", "Cu"), encoding="utf-8")
+    assert run_command(["properties", "emt", "--settings", str(plan), "--out", str(out), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == json.loads(out.read_text(encoding="utf-8"))
+    assert [row["quantity"] for row in rows][:3] == ["C11", "C12", "C44"]
+    assert all(row["error"] == 0 and row["model"] == "emt" for row in rows)
+    plan.write_text(text.replace("CRYSTAL", crystal).replace("FORMULA", "Si"), encoding="utf-8")
+    assert run_command(["properties", "emt", "--settings", str(plan)]) == 1
+    assert "cu" in (shown := capsys.readouterr().out)
+    assert "failed: NotImplementedError: No EMT-potential for Si" in shown

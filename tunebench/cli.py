@@ -387,6 +387,23 @@ def inspect_command(
     _print(rows, as_json, lambda all_rows: Group(*(table for each in all_rows for table in _block_tables(each))))
 
 
+@app.command("properties")
+def properties_command(
+    model: Annotated[str, typer.Argument(help="final.ckpt of a confirm trial, a packaged model, or emt")],
+    settings: Annotated[Path, typer.Option(help="property plan: what to compute, of what, against what")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file for the rows, .parquet or .json")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model runs")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compute physical properties of a model in float64 and compare them with a reference; exits 1 where one failed."""
+    from tunebench.properties.command import evaluate_model, rows_table
+
+    rows = evaluate_model(model, settings, out, device)
+    _print([row.to_plain() for row in rows], as_json, lambda _: rows_table(rows))
+    if any(row.failed for row in rows):
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="where runs will lie")] = Path("runs"),

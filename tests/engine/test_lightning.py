@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,8 +14,10 @@ from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder, load_checkpoint
 from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
+from tunebench.properties.calculators import calculator_from
 from tunebench.study.record import CURVES, Readout, Reason, Stage
 from tunebench.study.search_space import Treats, available_optimizers
+from tunebench.workloads.structure_files import read_prepared
 
 COLUMNS = ["step", "split", "metric", "readout", "value"]
 
@@ -136,6 +139,10 @@ def test_the_final_checkpoint_opens_with_nequips_own_tools_and_holds_the_average
     errors = split_errors(model, loader, stress=False)
     for metric, value in errors.items():
         assert value == pytest.approx(reports[-1].errors["test"][task.averaged][metric], rel=1e-6)
+    calculator = calculator_from(file)
+    frames = read_prepared(task.data.splits["test"].path)
+    misses = [np.abs(calculator.get_forces(frame) - frame.get_forces()).ravel() for frame in frames]
+    assert np.concatenate(misses).mean() == pytest.approx(errors["forces_mae"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ def study_schema() -> dict[str, Any]:
 
     It knows keys, types and ranges. What only several keys together can get wrong is left to `load_study`.
     """
-    return _schema(Study, "tunebench study")
+    return schema_of(Study, "tunebench study")
 
 
 def search_space_schema() -> dict[str, Any]:
     """JSON-Schema (draft 2020-12) of a search-space file; ``search_spaces/schema.json`` holds it."""
-    return _schema(SearchSpace, "tunebench search space")
+    return schema_of(SearchSpace, "tunebench search space")
 
 
-def _schema(model: type[BaseModel], title: str) -> dict[str, Any]:
+def schema_of(model: type[BaseModel], title: str) -> dict[str, Any]:
+    """JSON-Schema of what a model reads, with its dialect and a title."""
     return {"$schema": _DIALECT, **model.model_json_schema(mode="validation"), "title": title}

@@ -76,10 +76,34 @@ def read_labelled(path: Path, keys: ExtxyzKeys, key: str) -> list[Atoms]:
     """
     if not path.is_file():
         raise WorkloadError(key, str(path), "an existing file")
-    frames = _read_any(path, key)
+    frames = read_structures(path, key)
     if not frames:
         raise WorkloadError(key, f"{path} without frames", "a file with at least one frame")
     return [_with_labels(frame, keys, f"{path.name} frame {index}") for index, frame in enumerate(frames)]
+
+
+def read_structures(path: Path, key: str) -> list[Atoms]:
+    """Read all structures of any ASE-readable file, plain or compressed by xz or gzip, with whatever labels they have.
+
+    Args:
+        path: the file.
+        key: key of the file that names this one, for errors.
+
+    Raises:
+        WorkloadError: the file cannot be read.
+    """
+    # ASE seeks in a compressed stream again and again, which takes about a hundred times longer than unpacking it.
+    packed_file = _PACKED.get(path.suffix)
+    try:
+        if packed_file is None:
+            return list(ase.io.read(path, index=":"))
+        with tempfile.TemporaryDirectory(prefix="tunebench-") as folder:
+            plain = Path(folder) / path.stem
+            with packed_file(path) as packed, plain.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+            return list(ase.io.read(plain, index=":"))
+    except Exception as error:  # ASE's readers raise whatever their parsing meets; all of it means the same here
+        raise WorkloadError(key, f"{path} ({type(error).__name__}: {error})", "a file that ASE can read") from error
 
 
 def file_hash(path: Path) -> str:
@@ -117,21 +141,6 @@ def _frame_text(frame: Atoms) -> str:
         for symbol, position, force in zip(frame.symbols, frame.positions, results["forces"], strict=True)
     )
     return "\n".join([str(len(frame)), " ".join(header), *rows]) + "\n"
-
-
-def _read_any(path: Path, key: str) -> list[Atoms]:
-    # ASE seeks in a compressed stream again and again, which takes about a hundred times longer than unpacking it.
-    packed_file = _PACKED.get(path.suffix)
-    try:
-        if packed_file is None:
-            return list(ase.io.read(path, index=":"))
-        with tempfile.TemporaryDirectory(prefix="tunebench-") as folder:
-            plain = Path(folder) / path.stem
-            with packed_file(path) as packed, plain.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-            return list(ase.io.read(plain, index=":"))
-    except Exception as error:  # ASE's readers raise whatever their parsing meets; all of it means the same here
-        raise WorkloadError(key, f"{path} ({type(error).__name__}: {error})", "a file that ASE can read") from error
 
 
 def _with_labels(frame: Atoms, keys: ExtxyzKeys, where: str) -> Atoms:

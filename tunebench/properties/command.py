@@ -1,0 +1,68 @@
+"""What `tunebench properties` does, as library calls, and how it shows what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tunebench.engine.checkpoints import FINAL
+from tunebench.properties.rows import PropertyRow, write_rows
+
+
+def evaluate_model(model: str, plan_file: Path, out: Path | None = None, device: str = "cpu") -> list[PropertyRow]:
+    """Rows of all properties of a plan for one model, written to a file where one is named.
+
+    Args:
+        model: ``emt``, or the path of a checkpoint or package.
+        plan_file: a property plan.
+        out: Parquet file, or JSON by its ending.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        StudyError: the plan is not valid.
+        RunError: the model or the reference's calculator cannot be had.
+    """
+    from tunebench.properties.calculators import calculator_named
+    from tunebench.properties.evaluate import evaluate, references_of
+    from tunebench.properties.plan import load_plan
+
+    plan, base = load_plan(plan_file), plan_file.parent
+    calculator = calculator_named(model, device)
+    references = references_of(plan, base, device)
+    rows = list(evaluate(calculator, plan, references, model=model_name(model), base=base))
+    if out:
+        write_rows(out, rows)
+    return rows
+
+
+def model_name(model: str) -> str:
+    """A trial's id for its final checkpoint, else the file's name without its ending, else a teacher's name."""
+    path = Path(model)
+    return path.parent.name if path.name == FINAL else path.name.split(".")[0]
+
+
+def rows_table(rows: Sequence[PropertyRow]) -> Table:
+    """One line a scalar: value, reference, error; a failed property has one line with its reason."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("entry", "quantity"):
+        table.add_column(name)
+    for name in ("value", "±", "reference", "error"):
+        table.add_column(name, justify="right")
+    table.add_column("unit")
+    told: set[str] = set()
+    for row in rows:
+        if not row.failed:
+            table.add_row(*_cells(row))
+        elif row.entry not in told:
+            table.add_row(row.entry, f"failed: {row.reason}")
+            told.add(row.entry)
+    return table
+
+
+def _cells(row: PropertyRow) -> tuple[str, ...]:
+    numbers: tuple[Any, ...] = (row.value, row.standard_error, row.reference, row.error)
+    texts = ("" if number is None else f"{number:.5g}" for number in numbers)
+    return (row.entry, row.quantity, *texts, row.unit)
