@@ -874,11 +874,12 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
             error_kw={"elinewidth": 0.8},
         )
         for place, row in enumerate(shown):
-            axis.text(row.fastest, place, f" {row.rate:.3g}", va="center", fontsize=8)
+            rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
+            axis.text(row.fastest, place, f" {rate}", va="center", fontsize=8)
         axis.set(title=f"{model}, batch {batch_size}", xlabel="trial-steps per second")
         if shown:
             axis.set_xscale("log")
-            axis.margins(x=0.2)
+            axis.set_xlim(right=3 * max(row.fastest for row in shown))  # room for the numbers
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
