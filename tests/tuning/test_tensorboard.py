@@ -106,12 +106,12 @@ def test_every_arm_is_a_run_beside_the_trials(server: Server, finished_run: Path
         _, spent, best = server.get(f"{path}/best_objective_by_steps_spent")[-1]
         assert spent == sum(t.ledger["steps"] for t in found.values())
         assert best == pytest.approx(min(min(t.value, *t.rungs.values()) for t in found.values()))
-        reached = [24 if t.reason is Reason.FINISHED else max(t.rungs) for t in found.values()]
-        left = [(step, sum(last > step for last in reached)) for step in (0, 6, 12)]
-        assert left[0] == (0, 3)
-        assert left[1][1] < 3
+        said = [decision for trial in found.values() for decision in trial.decisions]
+        left = {rung: sum(d["goes_on"] or d["sentinel"] for d in said if d["rung"] == rung) for rung in (6, 12)}
+        assert 0 < left[12] <= left[6] < 3
+        arrived = sum(trial.reason is Reason.FINISHED for trial in found.values())
         shown = [(step, count) for _, step, count in server.get(f"{path}/survivors_by_step")]
-        assert shown == [*left, (24, reached.count(24))]
+        assert shown == [(0, 3), *left.items(), (24, arrived)]
 
 
 def test_a_browser_shows_every_trial_in_hparams(server: Server, finished_run: Path, chromium: Any):
