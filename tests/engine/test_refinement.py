@@ -173,8 +173,11 @@ def test_a_validation_error_that_is_not_a_number_is_worse() -> None:
 def test_it_lowers_the_training_loss_of_a_model_and_reports_both_sides(make_task: MakeTask, family: str) -> None:
     task = make_task(family=family, stage=Stage.CONFIRM, force_fraction=0.5)
     tenant = Tenant(task, ModuleShelf())
-    found = refine(task, tenant.model, tenant.state.weights, Refinement(steps=8, evaluate_every=4))
+    beats: list[None] = []
+    how = Refinement(steps=8, evaluate_every=4)
+    found = refine(task, tenant.model, tenant.state.weights, how, lambda: beats.append(None))
     done = found.minimised
+    assert len(beats) > done.evaluations, "its watchdog sees each of them"
     assert done.end is RefinementEnd.STEPS
     assert done.loss_after < 0.7 * done.loss_before
     assert found.before.keys() == found.after.keys() == {"train", "val", "test", "ood:hot"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_survivors_are_those_let_on_and_sentinels(tmp_path: Path, journal: Journ
         decide(journal, key(index), 10, goes_on=index == 0, sentinel=index == 3)
     end(journal, key(3), Reason.FINISHED, 0.5, steps=40)
     assert rung_survivors(of_arm(tmp_path).values(), (10, 20), 40) == {0: 4, 10: 2, 40: 1}
+
+
+def test_a_sentinel_that_a_rung_would_have_stopped_still_counts_at_later_ones(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm("ethanol/muon", {})
+    for index in range(4):
+        journal.plan(key(index), {}, {}, {}, sentinel=index == 3)
+        decide(journal, key(index), 10, goes_on=index < 2, sentinel=index == 3)
+    decide(journal, key(0), 20, goes_on=True)
+    decide(journal, key(1), 20, goes_on=False)
+    survivors = partial(rung_survivors, rungs=(10, 20), horizon=40)
+    assert survivors(of_arm(tmp_path).values()) == {0: 4, 10: 3, 20: 1, 40: 0}, "it has not come so far"
+    journal.record_rung(key(3), 20, 0.9)
+    assert survivors(of_arm(tmp_path).values()) == {0: 4, 10: 3, 20: 2, 40: 0}
 
 
 def test_arms_stand_by_their_confirmed_seeds_before_they_stand_by_their_search(

@@ -456,7 +456,8 @@ class Cohort:
         for place, found, loss in zip(due, errors, losses, strict=True):
             tenant = place.tenant
             rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
-            refinement = add_refinement(tenant.task, place.step, found, tenant.model, partial(self._weights_of, tenant))
+            weights_of = partial(self._weights_of, tenant)
+            refinement = add_refinement(tenant.task, place.step, found, tenant.model, weights_of, self._beat)
             last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate, refinement=refinement)
             if not tenant.book.is_due:
                 continue

@@ -6,7 +6,7 @@ labels of the set, so how it is cut changes nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class FullBatch:
         frames: NequIP's keys, at least one frame; NaN labels are missing ones.
         loss: weights of the whole loss.
         chunk_frames: frames that go through the model together.
+        beat: called after every chunk.
 
     Attributes:
         model: as given.
@@ -78,11 +79,17 @@ class FullBatch:
     """
 
     def __init__(
-        self, model: torch.nn.Module, frames: Sequence[Frame], loss: LossWeights, *, chunk_frames: int
+        self,
+        model: torch.nn.Module,
+        frames: Sequence[Frame],
+        loss: LossWeights,
+        *,
+        chunk_frames: int,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         if not frames or chunk_frames < 1:
             raise ValueError(f"full batch: found {len(frames)} frames in chunks of {chunk_frames}, allowed: at least 1")
-        self.model, self.frames = model, len(frames)
+        self.model, self.frames, self._beat = model, len(frames), beat
         self.parameters: Mapping[str, torch.nn.Parameter] = trainable_parameters(model)
         (self._forward,) = model.values() if isinstance(model, torch.nn.ModuleDict) else (model,)
         device = next(iter(self.parameters.values())).device
@@ -99,6 +106,7 @@ class FullBatch:
         try:
             for batch, weights in self._chunks:
                 yield weighted_loss(self._forward(dict(batch)), batch, weights)
+                self._beat()
         finally:
             self.model.train(training)
 
@@ -126,7 +134,14 @@ class FullBatch:
 
 
 def full_batch(
-    task: TrialTask, model: torch.nn.Module, split: str, *, chunk_frames: int, most: int | None = None, seed: int = 0
+    task: TrialTask,
+    model: torch.nn.Module,
+    split: str,
+    *,
+    chunk_frames: int,
+    most: int | None = None,
+    seed: int = 0,
+    beat: Callable[[], None] = lambda: None,
 ) -> FullBatch:
     """The loss of a trial's workload over a split, its force labels masked as in training.
 
@@ -137,13 +152,14 @@ def full_batch(
         chunk_frames: frames that go through the model together.
         most: at most so many frames, drawn without repetition; None for all.
         seed: of the draw.
+        beat: called after every chunk.
     """
     frames = task_frames(task, split)
     chosen = list(range(len(frames)))
     if most is not None and most < len(frames):
         chosen = sorted(np.random.default_rng(seed).permutation(len(frames))[:most].tolist())
     weights = LossWeights.of(task.workload.loss)
-    return FullBatch(model, [frames[index] for index in chosen], weights, chunk_frames=chunk_frames)
+    return FullBatch(model, [frames[index] for index in chosen], weights, chunk_frames=chunk_frames, beat=beat)
 
 
 def model_in(task: TrialTask, dtype: torch.dtype, like: torch.nn.Module) -> torch.nn.Module:

@@ -181,7 +181,7 @@ class _Trial(lightning.Callback):
             train_loss=self.module.mean_loss(),
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             save=lambda: self._state(trainer),
-            refinement=add_refinement(self.task, self.step, errors, self.module.model, self._weights),
+            refinement=add_refinement(self.task, self.step, errors, self.module.model, self._weights, self.beat),
         )
         try:
             self.report(last)

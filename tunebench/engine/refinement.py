@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -134,6 +134,7 @@ def add_refinement(
     errors: Errors,
     model: torch.nn.Module,
     weights_of: Callable[[Readout], Mapping[str, torch.Tensor]],
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Refine a trial that is at the workload's horizon, where the study asks for it.
 
@@ -143,6 +144,7 @@ def add_refinement(
         errors: of this evaluation; those of the refined weights are added as the readout REFINED.
         model: of its training module, for structure and constants.
         weights_of: the trial's weights of a readout, by name.
+        beat: called after every batch that went through the model.
 
     Returns:
         What was done, in plain values; None where nothing was asked for, or the trial's errors are not finite.
@@ -154,7 +156,7 @@ def add_refinement(
     if readout is None or not math.isfinite(objectives[readout]):
         return None
     try:
-        refined = refine(task, model, weights_of(Readout(readout)), task.refine)
+        refined = refine(task, model, weights_of(Readout(readout)), task.refine, beat)
     except torch.OutOfMemoryError as error:
         message = (str(error) or "out of memory").splitlines()[0]
         return {"end": RefinementEnd.OUT_OF_MEMORY.value, "message": message, "readout": readout}
@@ -167,7 +169,13 @@ def add_refinement(
     return plain
 
 
-def refine(task: TrialTask, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], how: Refinement) -> Refined:
+def refine(
+    task: TrialTask,
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    how: Refinement,
+    beat: Callable[[], None] = lambda: None,
+) -> Refined:
     """Refine a trial's weights on its whole training split, its force labels masked and weighted as in training.
 
     Args:
@@ -175,14 +183,15 @@ def refine(task: TrialTask, model: torch.nn.Module, weights: Mapping[str, torch.
         model: of its training module, for structure and constants; left as it is.
         weights: those to begin with, by name: the ones that count, averaged or not.
         how: settings.
+        beat: called after every batch that went through the model.
     """
     refined = model_in(task, getattr(torch, how.dtype), model)
     loss, validation = (
-        full_batch(task, refined, split, chunk_frames=how.chunk_frames) for split in (Split.TRAIN, Split.VAL)
+        full_batch(task, refined, split, chunk_frames=how.chunk_frames, beat=beat) for split in (Split.TRAIN, Split.VAL)
     )
     loss.set_weights(weights)
     splits = [str(split) for split in (Split.TRAIN, Split.VAL, *task.final_splits)]
-    before = {split: _errors(task, refined, split) for split in splits}
+    before = {split: _errors(task, refined, split, beat) for split in splits}
     validated_s = 0.0
 
     def validation_loss() -> float:
@@ -198,21 +207,27 @@ def refine(task: TrialTask, model: torch.nn.Module, weights: Mapping[str, torch.
     return Refined(
         minimised=minimised,
         before=before,
-        after={split: _errors(task, refined, split) for split in splits},
+        after={split: _errors(task, refined, split, beat) for split in splits},
         frames=loss.frames,
         steps_equivalent=minimised.evaluations * loss.frames / task.workload.batch_size,
         device_s=device_s,
     )
 
 
-def _errors(task: TrialTask, model: torch.nn.Module, split: str) -> dict[str, float]:
+def _errors(task: TrialTask, model: torch.nn.Module, split: str, beat: Callable[[], None]) -> dict[str, float]:
     (inner,) = model.values() if isinstance(model, torch.nn.ModuleDict) else (model,)
     frames, size = task_frames(task, split), task.workload.evaluation_batch_size
     chunks = (range(first, min(first + size, len(frames))) for first in range(0, len(frames), size))
     collated = (AtomicDataDict.batched_from_list([frames[index] for index in chunk]) for chunk in chunks)
     batches = (on_device(batch, task.device) for batch in collated)
     stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
-    return split_errors(inner, batches, stress=stress)
+
+    def beaten() -> Iterator[AtomicDataDict.Type]:
+        for batch in batches:
+            yield batch
+            beat()
+
+    return split_errors(inner, beaten(), stress=stress)
 
 
 def _now(task: TrialTask) -> float:

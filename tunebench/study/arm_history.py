@@ -76,9 +76,16 @@ def rung_survivors(trials: Iterable[TrialRecord], rungs: Sequence[int], horizon:
     for rung in rungs:
         said = [decision for trial in search for decision in trial.decisions if decision["rung"] == rung]
         if said:
-            survivors[rung] = sum(decision["goes_on"] or decision["sentinel"] for decision in said)
+            deciding = sum(decision["goes_on"] or decision["sentinel"] for decision in said)
+            survivors[rung] = deciding + sum(_went_on_unjudged(trial, rung) for trial in search)
     survivors[horizon] = sum(trial.reason is Reason.FINISHED for trial in search)
     return survivors
+
+
+def _went_on_unjudged(trial: TrialRecord, rung: int) -> bool:
+    """Whether a sentinel has passed a rung that does not judge it, as an earlier one would have stopped it."""
+    stopped = any(decision["rung"] < rung and not decision["goes_on"] for decision in trial.decisions)
+    return stopped and trial.sentinel and rung in trial.rungs
 
 
 @dataclass(frozen=True, kw_only=True)
