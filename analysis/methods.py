@@ -113,7 +113,7 @@ def _stopping(run: Run) -> str:
 
 
 def _of_each_arm(run: Run) -> str:
-    """How many sentinels each competing arm has: a cap on device-seconds must not take them from dearer arms."""
+    """How many sentinels each competing arm has: a cap on device-seconds leaves a dearer arm fewer configurations."""
     counts = Counter((trial.key.workload, trial.key.optimizer) for trial in run.trials if trial.sentinel)
     numbers = sorted({counts[workload, name] for workload in run.workloads for name in run.rivals})
     if not numbers:

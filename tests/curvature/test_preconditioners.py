@@ -270,6 +270,7 @@ def test_a_block_without_momentum_is_counted_and_left_out() -> None:
     [
         (Soap(MATRICES), 1, "found SOAP at step 1, which sets up its bases, allowed: 2 or later"),
         (SoapMuon(MATRICES, recipe=Recipe.NANOGPT), 5, "recipe nanogpt, no linear map, allowed: paper, olmo"),
+        (Ranger(MATRICES, centralise=True), 5, "Ranger with centralised gradients, allowed: centralise: false"),
         (SoapMuon(MATRICES, recipe=Recipe.TRACK3), 5, "recipe track3, no linear map, allowed: paper, olmo"),
     ],
 )

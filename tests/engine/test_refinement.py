@@ -242,19 +242,28 @@ def test_the_cohort_engine_refines_a_confirm_trial_at_its_horizon(trials: Crysta
     assert_refined(task, trained_by_cohort(trials.cohort(2), task))
 
 
-def test_memory_that_runs_out_is_said_and_costs_the_trial_nothing(
-    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 8 GiB\nmore"), "out_of_memory"),
+        (RuntimeError("Tried to allocate 8 GiB\nmore"), "failed"),
+    ],
+)
+def test_an_error_is_said_and_costs_the_trial_nothing(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, error: Exception, end: str
 ) -> None:
-    def short_of_memory(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore")
+    def fail(*_: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(refinement, "refine", short_of_memory)
+    monkeypatch.setattr(refinement, "refine", fail)
     task = replace(make_task(stage=Stage.CONFIRM), refine=Refinement())
     last = run_trial(task, lambda report: None)
     assert last.outcome is Reason.FINISHED
+    assert last.refinement is not None
+    assert last.refinement.pop("refine_device_s") >= 0.0
     assert last.refinement == {
-        "end": "out_of_memory",
-        "message": "CUDA out of memory. Tried to allocate 8 GiB",
-        "readout": last.refinement["readout"] if last.refinement else None,
+        "end": end,
+        "message": "Tried to allocate 8 GiB",
+        "readout": last.refinement["readout"],
     }
     assert not any("refined" in errors for errors in last.errors.values())

@@ -9,8 +9,8 @@ from ase.calculators.emt import EMT
 
 from analysis.properties import failures, load_properties
 from tests.properties.conftest import Altered
-from tunebench.properties.evaluate import evaluate, measure, references_of
-from tunebench.properties.measured import PropertyFailure
+from tunebench.properties.evaluate import _difference, evaluate, measure, references_of
+from tunebench.properties.measured import Curve, PropertyFailure
 from tunebench.properties.plan import PropertyPlan, settings_hash
 from tunebench.properties.registry import PROPERTIES, PropertyName
 from tunebench.properties.rows import write_rows
@@ -143,3 +143,21 @@ def test_rows_come_back_from_their_file_as_they_were(tmp_path: Path, name: str):
     assert {row.failed for row in rows} == {True, False}
     write_rows(tmp_path / name, rows)
     assert load_properties(tmp_path / name) == rows
+
+
+@pytest.mark.parametrize(
+    ("x", "marks", "expected"),
+    [
+        ((0.0, 1.0), (("Γ", 0.0), ("X", 1.0)), 1.0),
+        ((0.0, 1.1), (("Γ", 0.0), ("X", 1.1)), 1.0),  # the path of a larger crystal
+        ((0.0, 1.0), (("Γ", 0.0), ("L", 1.0)), None),
+        ((0.0, 1.1), (), None),
+    ],
+)
+def test_curves_are_compared_on_the_same_points_only(x, marks, expected):
+    def curve(x, y, marks):
+        return Curve(x=np.array(x), y=np.array(y), x_unit="", y_unit="THz", marks=marks)
+
+    reference = curve((0.0, 1.0), (1.0, 2.0), (("Γ", 0.0), ("X", 1.0)) if marks else ())
+    found = _difference(curve(x, (2.0, 3.0), marks), reference)
+    assert (found and found.value) == expected

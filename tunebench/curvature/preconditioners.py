@@ -250,6 +250,8 @@ def _adam(state: OptimizerState, segment: Segment) -> _Found:
 
 
 def _rectified(state: OptimizerState, segment: Segment) -> _Found:
+    if isinstance(state.rule, Ranger) and state.rule.centralise:
+        raise ValueError("preconditioner: found Ranger with centralised gradients, allowed: centralise: false")
     if not bool(RectifiedScalars.at(torch.tensor(state.step, dtype=torch.int64), _scalars(state)).rectified):
         return _identity(state, segment)
     correction = (1.0 - state.hyper["beta2"] ** state.step) ** 0.5

@@ -445,8 +445,9 @@ class Cohort:
         except torch.OutOfMemoryError as error:
             return [self._ended(place, Reason.OOM, _first_line(error)) for place in due]
         self._write(due, errors)
+        self._since = self._now()  # nobody pays for an evaluation or a refinement in training time
         reports = [self._reported(place) for place in due]
-        self._since = self._now()  # nobody pays for an evaluation in training time
+        self._since = self._now()
         return reports
 
     def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:

@@ -49,10 +49,23 @@ class Replayed:
         else:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with _workspaces_of_its_own(), torch.cuda.graph(graph):
                 self._call()
             self._graph = graph
             graph.replay()
+
+
+@contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """What is captured within has memory of its own for cuBLAS, which otherwise keeps one piece for each stream.
+
+    All graphs are captured on the same streams. Replayed side by side they would write into one piece.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class Lanes:

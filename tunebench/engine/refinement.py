@@ -34,7 +34,8 @@ class RefinementEnd(StrEnum):
 
     CONVERGED: the gradient, or what an iteration gains, is below its tolerance. STEPS: all iterations were made.
     LINE_SEARCH: no point along the direction lowers the loss. NOT_FINITE: likewise, and some were not finite.
-    VALIDATION: the loss of the validation split became worse than the best one. OUT_OF_MEMORY: before any result.
+    VALIDATION: the loss of the validation split became worse than the best one. OUT_OF_MEMORY, FAILED: an error, and
+    nothing is refined.
     """
 
     CONVERGED = "converged"
@@ -43,6 +44,7 @@ class RefinementEnd(StrEnum):
     NOT_FINITE = "not_finite"
     VALIDATION = "validation"
     OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +157,16 @@ def add_refinement(
     readout = selected_readout(objectives, task.objective)
     if readout is None or not math.isfinite(objectives[readout]):
         return None
+    began = _now(task)
     try:
         refined = refine(task, model, weights_of(Readout(readout)), task.refine, beat)
-    except torch.OutOfMemoryError as error:
-        message = (str(error) or "out of memory").splitlines()[0]
-        return {"end": RefinementEnd.OUT_OF_MEMORY.value, "message": message, "readout": readout}
+    except torch.AcceleratorError:  # the device is lost, to every trial on it
+        raise
+    except (RuntimeError, ArithmeticError, ValueError, MemoryError) as error:  # a finished trial does not end by it
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        end = RefinementEnd.OUT_OF_MEMORY if memory else RefinementEnd.FAILED
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        return {"end": end.value, "message": message, "readout": readout, "refine_device_s": _now(task) - began}
     for split, by_readout in errors.items():
         by_readout[Readout.REFINED.value] = refined.after[split]
     plain = {"readout": readout, **refined.to_plain()}

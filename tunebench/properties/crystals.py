@@ -177,8 +177,9 @@ def _check_fit(tensor: Floats, residuals: float, settings: ElasticSettings) -> N
     from ase.units import GPa
 
     strain_squares = np.array(
-        [np.square(strains).sum() for strains in (settings.normal_strains, settings.shear_strains)], dtype=np.float64
-    ).repeat(3)
+        [np.square(settings.normal_strains).sum(), np.square(2.0 * np.array(settings.shear_strains)).sum()],
+        dtype=np.float64,
+    ).repeat(3)  # Voigt's shear is twice the tensor's
     explained = float((np.square(tensor * GPa) * strain_squares[:, None]).sum())
     misfit = np.sqrt(residuals * GPa / explained) if explained > 0 else np.inf
     if not misfit <= settings.largest_misfit:

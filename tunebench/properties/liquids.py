@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from tunebench.properties.blocks import mean_of
-from tunebench.properties.dynamics import DynamicsSettings, Guard, langevin, run, started
+from tunebench.properties.dynamics import DynamicsSettings, Guard, give_velocities, langevin, run, started
 from tunebench.properties.measured import Curve, Floats, Measured, PropertyFailure, Value
 from tunebench.study.spec import NonNegativeFloat, PositiveFloat
 
@@ -131,6 +131,7 @@ def _equilibrated(calculator: Calculator, settings: LiquidSettings, base: Path |
     if settings.melt_kelvin is not None:
         stages.insert(0, (settings.melt_kelvin, settings.melt_ps))
     for temperature, duration in stages:
+        give_velocities(atoms, temperature, generator)  # a melt's would be an explosion to the colder stage's limits
         guard = Guard(atoms, settings.limits, temperature)
         run(langevin(atoms, settings, temperature, generator), settings, duration, guard)
     return atoms

@@ -80,7 +80,7 @@ def affordable(
 
 
 def arm_sentinels(study: Study, arm: ArmPlan, counts: Mapping[int, int]) -> frozenset[int]:
-    """Indices of an arm's sentinels: as many in every arm of a workload, and the same ones where no cap bites.
+    """Indices of an arm's sentinels, by the same rule for every arm, and the same ones where no cap bites.
 
     Args:
         study: with its extension.

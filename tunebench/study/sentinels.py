@@ -38,8 +38,9 @@ def sentinel_configurations(asha: Asha | None, trials: int, root: int, workload:
 def capped_sentinels(asha: Asha | None, counts: Mapping[int, int], root: int, workload: str) -> frozenset[int]:
     """Indices of the sentinels of an arm that has fewer configurations than its study says.
 
-    A cap on device-seconds takes no sentinel from an arm: it has as many as an arm without a cap, drawn among its own
-    configurations. Each extension adds sentinels for its share of all configurations, the same number in every arm.
+    The arm has as many as an arm of a study with so few configurations would have, drawn among its own: all those of
+    the full study would leave a dear arm nothing to search. Each extension adds sentinels for its share of all
+    configurations.
 
     Args:
         asha: how the study stops; None has no sentinels.
@@ -52,7 +53,7 @@ def capped_sentinels(asha: Asha | None, counts: Mapping[int, int], root: int, wo
     for wanted, has in sorted(counts.items()):
         share = (wanted - wanted_before) / wanted
         new = [index for index in _order(wanted, root, workload) if has_before <= index < has]
-        found.update(new[: math.ceil(share * sentinel_count(asha, wanted))])
+        found.update(new[: math.ceil(share * sentinel_count(asha, has))])
         wanted_before, has_before = wanted, has
     return frozenset(found)
 

@@ -377,6 +377,7 @@ class Resources(Section):
     time_limit_s: PositiveFloat | None = Field(default=None, description="a trial that trains longer ends as TIMED_OUT")
     stalled_after_s: PositiveFloat | None = Field(
         default=900.0,
+        ge=10.0,
         description="a process that trains and makes no step for so long, or for 100 of its median steps where that is "
         "longer, is ended and counts as a crash of its trials; one that stalls at its last attempt ends as TIMED_OUT. "
         "Before the first step four times as long; null waits for ever",

@@ -68,6 +68,7 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Mark the trial as running."""
         key = self._key(trial)
+        stall_file(self._progress.run, key.trial_id).unlink(missing_ok=True)  # of an attempt before
         self._journal.start(key, engine=self._engines[key.workload])
         self._progress.started(key)
 
