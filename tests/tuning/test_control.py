@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tuning.conftest import COMMAND, STUDY, tunebench, write_study
+from tests.tuning.conftest import STUDY, tunebench, write_study
+from tests.tuning.driver import Driver
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Stage
 
-LONG = [{**STUDY["workloads"][0], "max_steps": 400, "evaluate_every_steps": 10}]
-ASHA = {"grace_steps": 200, "reduction_factor": 2, "sentinels": 0}
-
-
-class Driver:
-    """`tunebench run` in a process of its own."""
-
-    def __init__(self, study: Path, run: Path) -> None:
-        self.run = run
-        self.process = subprocess.Popen(
-            [*COMMAND, "run", str(study), "--run", str(run), "--no-report"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 240.0) -> None:
-        until = time.monotonic() + timeout_s
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < until, "it never came true"
-            time.sleep(0.1)
-
-    def end(self, timeout_s: float = 240.0) -> tuple[int, str]:
-        line = self.process.communicate(timeout=timeout_s)[1]
-        return self.process.returncode, line
-
-
-def progress(run: Path) -> dict[str, float]:
-    """Time at which each trial's checkpoint was last written."""
-    return {file.parent.name: file.stat().st_mtime for file in run.glob("checkpoints/*/last.pt")}
+LONG = [{**STUDY["workloads"][0], "max_steps": 300, "evaluate_every_steps": 10}]
+ASHA = {"grace_steps": 150, "reduction_factor": 2, "sentinels": 0}
 
 
 @pytest.fixture
@@ -57,35 +28,63 @@ def study(tmp_path: Path) -> Path:
         optimizers=["adamw"],
         tune=tune,
         confirm={"top_k": 1, "seeds": 1},
-        resources={"slots": 2},
+        resources={"slots": 2, "concurrent_trials": 2, "cpus_per_trial": os.cpu_count()},
     )
 
 
-def test_a_study_is_paused_resumed_cancelled_and_drained(study: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def drive(study: Path, tmp_path: Path) -> Iterator[Callable[[], Driver]]:
+    """Starts a driver of the study; none outlives the test."""
+    drivers: list[Driver] = []
+
+    def start() -> Driver:
+        drivers.append(Driver(study, tmp_path / "run"))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.end()
+
+
+def cpu_s(process: int) -> float:
+    """Seconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_study_is_paused_resumed_cancelled_and_drained(drive: Callable[[], Driver], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    driver = Driver(study, run)
-    driver.wait_for(lambda: progress(run))
+    driver = drive()
+    driver.wait(driver.saved)
     tunebench("pause", run)
-    time.sleep(3.0)
-    paused = progress(run)
-    time.sleep(2.0)
-    assert progress(run) == paused, "a paused study trains nothing"
+
+    def nothing_is_saved() -> bool:
+        saved = driver.saved()
+        time.sleep(3.0)
+        return driver.saved() == saved
+
+    driver.wait(nothing_is_saved)
+    paused, computed_s = driver.saved(), cpu_s(driver.process.pid)
+    time.sleep(4.0)
+    assert driver.process.poll() is None
+    assert driver.saved() == paused, "a paused study trains nothing"
+    assert cpu_s(driver.process.pid) - computed_s < 2.0, "and computes next to nothing"
     assert json.loads(tunebench("status", run, "--json").stdout)["asked"] == "pause"
     tunebench("resume", run)
-    driver.wait_for(lambda: progress(run) != paused)
+    driver.wait(lambda: driver.saved() != paused)
     tunebench("cancel", run)
-    code, line = driver.end()
-    assert (code, "cancelled" in line) == (130, True)
+    code, said = driver.finish()
+    assert (code, "cancelled" in said.splitlines()[-1]) == (130, True)
     refused = tunebench("run", run, check=False)
     assert (refused.returncode, "it was cancelled" in refused.stderr) == (2, True)
 
     tunebench("resume", run)
-    cancelled = progress(run)
-    driver = Driver(study, run)
-    driver.wait_for(lambda: progress(run) != cancelled)
+    driver = drive()
+    cancelled = driver.saved()
+    driver.wait(lambda: driver.saved() != cancelled)
     tunebench("drain", run)
-    code, line = driver.end()
-    assert (code, "drained" in line) == (130, True)
+    code, said = driver.finish()
+    assert (code, "drained" in said.splitlines()[-1]) == (130, True)
     assert any(trial.rungs for trial in read_trials(run)), "what trained went on to its rung"
     assert not any(trial.key.stage is Stage.CONFIRM for trial in read_trials(run))
 

@@ -7,6 +7,7 @@ through Tune's PAUSE and stop, and the rungs of a resumed study are those of its
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from tunebench.study.decision import Decision, Fate
 from tunebench.study.record import TrialKey, TrialRecord
 from tunebench.study.spec import Asha
 from tunebench.tuning.ladder import Ladder
+
+_PAUSED_STEP_S = 0.2
 
 _ACTIONS = {
     Fate.GO_ON: TrialScheduler.CONTINUE,
@@ -138,6 +141,8 @@ class PerArmAsha(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
+        if self._wish() is Wish.PAUSE:
+            time.sleep(_PAUSED_STEP_S)  # Tune (2.60) steps again at once where nothing runs
         trials = tune_controller.get_trials()  # every trial of the study, at every step of Tune
         if self._changed:
             promoted = self._promoted(tune_controller, trials)
