@@ -58,12 +58,12 @@ def test_a_study_is_paused_resumed_cancelled_and_drained(drive: Callable[[], Dri
     driver.wait(driver.saved)
     tunebench("pause", run)
 
-    def nothing_is_saved() -> bool:
+    def all_are_held() -> bool:
         saved = driver.saved()
-        time.sleep(3.0)
-        return driver.saved() == saved
+        time.sleep(5.0)
+        return len(saved) == 3 and driver.saved() == saved  # each comes as far as its next evaluation
 
-    driver.wait(nothing_is_saved)
+    driver.wait(all_are_held)
     paused, computed_s = driver.saved(), cpu_s(driver.process.pid)
     time.sleep(4.0)
     assert driver.process.poll() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,7 +52,8 @@ def test_a_trial_that_hangs_in_a_step_times_out_and_the_others_go_on(tmp_path: P
     hung = trials.pop("ethanol.adamw.tune.c001.s0")
     assert hung.reason is Reason.TIMED_OUT
     with_company, alone = sorted(file for file in (run / LOGS).glob("cohort-*.stalled") if file.stat().st_size)
-    assert f"its cohort is gone: {STALLED} 0:00:15, see {alone.name}" in hung.detail["message"]
+    limit = "0:0(0:15|1:00)"  # four times as long where it hangs at the first step after its checkpoint
+    assert re.search(f"its cohort is gone: {STALLED} {limit}, see {re.escape(alone.name)}", hung.detail["message"])
     assert "in note_is_due" in with_company.read_text()
     assert [trial.reason for trial in trials.values()] == [Reason.FINISHED] * 2
     assert trials["ethanol.adamw.tune.c000.s0"].ledger["lost_steps"] <= 1, "it went on where it had been written"
