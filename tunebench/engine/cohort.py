@@ -324,10 +324,10 @@ class Cohort:
         rows = self._rows
         bucket = self._bucket()
         self._gather_below(bucket)
-        rows.set_stepping([place.slot for place in places])
-        for group in self._groups:
-            group.set_stepping([place.slot for place in places])
         steps = {place.slot: place.step + 1 for place in places}
+        rows.set_stepping(steps)
+        for group in self._groups:
+            group.set_stepping(steps)
         moved: set[int] = set()
         shortage = ""
         try:
@@ -343,7 +343,7 @@ class Cohort:
         finally:
             self._lanes.join()
         if shortage:
-            rows.set_stepping(list(moved))  # the others make this step once there is room
+            rows.set_stepping(moved)  # the others make this step once there is room
         stepped = [place for place in places if place.slot in moved]
         if stepped:
             self._finish()
