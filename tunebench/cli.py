@@ -617,6 +617,7 @@ def _milliseconds(timed: dict[str, Any] | None) -> str:
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
     state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
+    state += f", {summary['notice']}" if summary["notice"] else ""
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective", "false stops [%]"):
