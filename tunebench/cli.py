@@ -23,7 +23,7 @@ from rich.table import Table
 from tunebench import __version__
 from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
-from tunebench.study.record import Stage
+from tunebench.study.record import JOURNAL, Stage
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def options(
 
 @app.command()
 def plan(
-    study: StudyFile,
+    study: Annotated[Path, typer.Argument(help="study file, or run directory of a study that has begun")],
     measure: Annotated[bool, typer.Option(help="time a few steps of every arm on this machine")] = True,
     seed_sd: Annotated[
         float, typer.Option("--seed-sd", min=0.0, help="assumed seed-to-seed deviation of an error, as a share of it")
@@ -90,16 +90,17 @@ def plan(
     """Judge a study by the rules of a fair comparison and show what it will do. Makes its data, trains nothing.
 
     Rungs, expected survivors, device-hours by stage, disk, and the smallest difference that its seeds resolve. Exits 1
-    where a rule fails that the study does not waive.
+    where a rule fails that the study does not waive. Of a run it shows what it was extended to.
     """
+    from tunebench.study.journal import read_afforded
     from tunebench.study.lint import lint
     from tunebench.study.power import LEVEL, POWER, smallest_difference
-    from tunebench.study.resolve import resolve
+    from tunebench.study.resolve import load_run, resolve
     from tunebench.study.summary import plan_summary
     from tunebench.tuning.engine_choice import choose_engines
     from tunebench.tuning.preparation import check_arms, prepare_workloads
 
-    resolved = resolve(study)
+    resolved = load_run(study) if study.is_dir() else resolve(study)
     findings = lint(resolved)
     data = prepare_workloads(resolved, _stderr())
     check_arms(resolved, data)
@@ -114,7 +115,8 @@ def plan(
         seconds = step_seconds(resolved, data)
     from tunebench.tuning.footprint import disk_bytes
 
-    summary = plan_summary(resolved, seconds, {name: choice.to_plain() for name, choice in choices.items()})
+    engines = {name: choice.to_plain() for name, choice in choices.items()}
+    summary = plan_summary(resolved, seconds, engines, read_afforded(study) if (study / JOURNAL).is_file() else None)
     resolvable = smallest_difference(resolved.study.confirm.seeds)
     summary |= {
         "disk_bytes": disk_bytes(resolved, data),
@@ -617,6 +619,7 @@ def _milliseconds(timed: dict[str, Any] | None) -> str:
 def _status_table(summary: dict[str, Any]) -> Table:
     state = "finished" if summary["finished"] else "not finished"
     state += "" if summary["asked"] == Wish.RESUME else f", asked to {summary['asked']}"
+    state += f", {summary['notice']}" if summary["notice"] else ""
     table = Table(title=f"{summary['run']}: {state}", title_justify="left")
     counted = ("planned", "waiting", "running", "at_rung", "FINISHED", "STOPPED_ASHA", "failed")
     for column in ("arm", "stage", "engine", *counted, "best objective", "false stops [%]"):

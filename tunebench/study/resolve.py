@@ -31,6 +31,7 @@ class ResolvedStudy:
         schedules: likewise, its learning-rate schedule.
         hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count, nor do
             `engine` and `resources.slots`: a run may go on with another engine.
+        earlier_trials_per_arm: configurations of every arm before each extension of its run; the study has today's.
     """
 
     study: Study
@@ -38,6 +39,7 @@ class ResolvedStudy:
     spaces: Mapping[str, SearchSpace]
     schedules: Mapping[str, Schedule]
     hash: str
+    earlier_trials_per_arm: tuple[int, ...] = ()
 
     def write(self, run: Path) -> None:
         """Freeze the study in a run directory: study.yaml, search_spaces/ and, last, study.sha256.
