@@ -54,7 +54,7 @@ def measured_steps(
         StudyError: the study asks for a GPU and its process was given none.
         WorkloadError: data or a model's arguments are refused.
     """
-    join_ray(address, resolved.study.resources, run)
+    join_ray(address, resolved.study.resources, run, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resolved.study.resources, waits=address is not None, console=console)
     where = "of this machine" if address is None else "of the cluster"
