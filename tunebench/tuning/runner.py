@@ -240,7 +240,9 @@ class _Run:
             from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
             from tunebench.tuning.stage import run_stage
 
-            self._pool = self._pool or PoolClient(self._study.resources, self._options.run)
+            self._pool = self._pool or PoolClient(
+                self._study.resources, self._options.run, joined=self._options.address is not None, say=self._say
+            )
             run_stage(
                 self._resolved,
                 stage,

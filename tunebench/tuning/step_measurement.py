@@ -65,7 +65,7 @@ def measured_steps(
         WorkloadError: data or a model's arguments are refused.
         Interrupted: the run was cancelled or drained.
     """
-    join_ray(address, resolved.study.resources, run)
+    join_ray(address, resolved.study.resources, run, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resolved.study.resources, waits=address is not None, console=console)
     where = "of this machine" if address is None else "of the cluster"
