@@ -144,6 +144,9 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
     del data["engine"], data["resources"]["slots"], data["resources"]["stalled_after_s"]
     if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
         del data["confirm"]["refine"]
+    for workload in data["workloads"]:  # likewise
+        if "keys" in workload["data"] and workload["data"]["keys"]["config_type"] is None:
+            del workload["data"]["keys"]["config_type"]
     for arm in data["optimizers"]:
         del arm["search_space"]
     content = {"study": data, "spaces": {name: space.model_dump(mode="json") for name, space in spaces.items()}}

@@ -64,6 +64,9 @@ class ExtxyzKeys(Section):
     energy: str = Field(default="energy", description="total energy, eV")
     forces: str = Field(default="forces", description="forces, eV/Å")
     stress: str = Field(default="stress", description="stress, eV/Å³, positive under tension; ignored where absent")
+    config_type: str | None = Field(
+        default=None, description="what a frame is, a text of its info; errors at the end are told apart by it"
+    )
 
 
 class ExtxyzData(Section):
