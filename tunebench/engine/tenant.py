@@ -16,8 +16,7 @@ import torch
 
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import FINAL
-from tunebench.engine.loss import LossWeights
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.schedules import schedule_factor
@@ -184,12 +183,7 @@ class Tenant:
             group["train_mode"] = True
 
     def _write_final(self) -> None:
-        module = build_module(
-            self._config,
-            LossWeights.of(self.task.workload.loss),
-            self.task.averaged,
-            info_dict(self.task, self._config),
-        )
+        module = trial_module(self.task, self._config, info_dict(self.task, self._config))
         module.load_state_dict(self._module.state_dict())
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -218,7 +212,7 @@ class ModuleShelf:
         key = json.dumps([config["model"], config.get("ema_decay"), task.averaged.value], sort_keys=True, default=str)
         if key not in self._shelf:
             try:
-                module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
+                module = trial_module(task, config)
             except Exception:
                 build_model(config["model"])  # names what is wrong with the arguments
                 raise

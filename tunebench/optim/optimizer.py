@@ -18,7 +18,7 @@ from tunebench.optim.settings_checks import checked
 Group = dict[str, Any]
 
 # `param_names` and `initial_lr` are torch's own.
-_GROUP_KEYS = ("params", "names", "blocks", "param_names", "initial_lr")
+_GROUP_KEYS = ("params", "names", "blocks", "lr_factors", "param_names", "initial_lr")
 
 
 @dataclass
