@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 
 from tunebench import __version__
+from tunebench.cluster.templates import Kind
 from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.record import JOURNAL, Stage
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make or look at a study's data.")
 app.add_typer(data_app, name="data")
+cluster_app = typer.Typer(no_args_is_help=True, help="Describe a cluster to Ray.")
+app.add_typer(cluster_app, name="cluster")
 
 StudyFile = Annotated[Path, typer.Argument(help="study file, for example studies/quickstart.yaml")]
 RunFolder = Annotated[Path, typer.Argument(help="run directory")]
@@ -454,6 +457,42 @@ def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     prepared = prepare_workloads(resolved, _stderr())
     rows = {w.name: inspect(prepared[w.name], w.model.r_max_angstrom) for w in resolved.study.workloads}
     _print(rows, as_json, lambda r: json.dumps(r, indent=2))
+
+
+@cluster_app.command("init")
+def cluster_init(
+    kind: Annotated[Kind, typer.Option(help="where the machines come from")],
+    answer: Annotated[
+        list[str] | None, typer.Option("--answer", "-a", metavar="NAME=VALUE", help="to a question, may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write, else a name after the kind")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the description of a cluster: a copy of that in `cluster/` with your answers in it.
+
+    On a terminal it asks for what is left; otherwise what has no usual answer must be given.
+    """
+    from tunebench.cluster.templates import next_commands, parsed_answers, write_description
+
+    answers = parsed_answers(answer or ())
+    if not as_json and sys.stdin.isatty():
+        answers |= _asked(kind, answers)
+    files = write_description(kind, answers, out)
+    summary = {"files": [str(file) for file in files], "next": next_commands(kind, files[0])}
+    _print(summary, as_json, lambda s: "\n".join([f"wrote {', '.join(s['files'])}; next:", *s["next"]]))
+
+
+def _asked(kind: Kind, answers: Mapping[str, str]) -> dict[str, str]:
+    """Answers to the questions of a kind of cluster that were not given, from the terminal."""
+    from tunebench.cluster.templates import QUESTIONS
+
+    open_questions = [question for question in QUESTIONS[kind] if question.name not in answers]
+    return {
+        question.name: question.checked(
+            typer.prompt(question.asks, default=None if question.required else question.example)
+        )
+        for question in open_questions
+    }
 
 
 def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:
