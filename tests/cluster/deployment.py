@@ -64,9 +64,12 @@ class Deployment:
 
     @property
     def run(self) -> Path:
-        """The run directory as this machine sees it."""
-        (found,) = (self.lan.storage / "tunebench" / "runs").iterdir()
-        return found
+        """The newest run directory as this machine sees it."""
+        return max(self.runs(), key=lambda run: run.stat().st_ctime)
+
+    def runs(self) -> list[Path]:
+        """All run directories of the cluster that have begun."""
+        return [file.parent for file in (self.lan.storage / "tunebench" / "runs").glob("*/journal.log")]
 
     def prepare(self, pace_s: float) -> None:
         """Put the key, the token and the cluster's description on the laptop; `pace_s` is a step's wait, seconds."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.deployment import wait_for
 from tests.cluster.lan import CHECKOUT
-from tests.tuning.conftest import write_study
+from tests.tuning.conftest import STUDY, write_study
 from tunebench.cluster.launch import STORAGE_VARIABLE, driver_command, is_held, main, run_folder
 from tunebench.study.errors import RunError
 from tunebench.tuning.run_folder import LOCK
@@ -35,7 +35,7 @@ import pathlib, sys
 from tunebench.cluster.launch import follow, start_driver
 output = pathlib.Path("launch.log")
 output.write_text("of an earlier start\\n")
-driver = start_driver([sys.executable, "driver.py"], {"NAMED": "1"}, output)
+driver = start_driver([sys.executable, "driver.py"], output)
 pathlib.Path("driver.pid").write_text(str(driver.pid))
 sys.exit(follow(driver, output, len("of an earlier start\\n")))
 """
@@ -117,6 +117,7 @@ def test_a_second_driver_on_one_run_is_refused(tmp_path: Path) -> None:
         (lambda study: ["--study", study], "--storage: found nothing, nor TUNEBENCH_STORAGE, allowed: a folder"),
         (lambda study: ["--study", study.with_name("no.yaml"), "--storage", "x"], "no.yaml"),
         (lambda study: ["--study", study.parent, "--storage", "x"], "allowed:"),
+        (lambda study: ["--study", study, "--storage", study], "study.yaml/runs/small-"),
         (lambda study: ["--study", study, "--run", "x", "--set", "A B=1"], "--set: found 'A B=1', allowed: NAME=VALUE"),
     ],
 )
@@ -142,6 +143,21 @@ def test_a_study_finds_its_run_again_below_the_storage(tmp_path: Path) -> None:
     assert run.parent == tmp_path / "storage" / "runs"
     with pytest.raises(RunError, match="--storage"):
         run_folder(study, None)
+
+
+def test_a_variable_that_is_given_reaches_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNEBENCH_TEST_DATA", "")
+    monkeypatch.delenv("TUNEBENCH_TEST_DATA")
+    frames = {"train": 5, "val": 2, "test": 2}
+    data = {"source": "extxyz", "train": "${TUNEBENCH_TEST_DATA}/train.xyz", "frames": frames}
+    study = write_study(tmp_path, workloads=[{**STUDY["workloads"][0], "data": data}])
+    blocked = ["--study", str(study), "--storage", str(study)]
+    assert main(blocked) == 2
+    assert "TUNEBENCH_TEST_DATA" in capsys.readouterr().err
+    assert main([*blocked, "--set", f"TUNEBENCH_TEST_DATA={tmp_path}"]) == 2
+    assert f"{tmp_path}/train.xyz is none" in capsys.readouterr().err
 
 
 def test_gpus_are_held_by_a_process_beside_the_driver(tmp_path: Path) -> None:

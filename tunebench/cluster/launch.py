@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,6 @@ STORAGE_VARIABLE = "TUNEBENCH_STORAGE"
 DRIVER_OUTPUT = "launch.log"
 _BAD_INPUT = 2
 _LOOK_EVERY_S = 0.5
-_START_S = 120.0
 
 
 class _Left(Exception):
@@ -44,19 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
+        os.environ.update(_variable(pair) for pair in given.set)
         run = run_folder(given.study, given.storage, given.run)
-        variables = dict(_variable(pair) for pair in given.set)
         refuse_second_driver(run)
-    except (RunError, StudyError, FileNotFoundError) as error:
-        print(f"tunebench: {error}", file=sys.stderr)
-        return _BAD_INPUT
-    variables.setdefault(CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE, str(run.parent.parent / "cache")))
-    output = run / LOGS / DRIVER_OUTPUT
-    output.parent.mkdir(parents=True, exist_ok=True)
-    begins = output.stat().st_size if output.exists() else 0
-    driver = start_driver(driver_command(given.study, run, given.address, given.gpus), variables, output)
+        output = _output_of(run)
+    except (RunError, StudyError) as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{error.filename}: found {error.strerror}, allowed: a place that can be read and written")
+    if given.storage is not None:
+        os.environ.setdefault(CACHE_VARIABLE, str(given.storage / "cache"))
+    begins = output.stat().st_size
+    driver = start_driver(driver_command(given.study, run, given.address, given.gpus), output)
     print(_how_to_go_on(run, output), flush=True)
-    return follow(driver, output, begins) if given.follow else _wait_for_start(driver, run, output, begins)
+    return follow(driver, output, begins) if given.follow else 0
 
 
 def run_folder(study: Path, storage: Path | None, run: Path | None = None) -> Path:
@@ -101,6 +101,14 @@ def is_held(run: Path) -> bool:
     return False
 
 
+def _output_of(run: Path) -> Path:
+    """The file that a driver's output goes to, made where it is not there."""
+    output = run / LOGS / DRIVER_OUTPUT
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    return output
+
+
 def driver_command(study: Path, run: Path, address: str, gpus: int) -> list[str]:
     """The command line of a study's driver, and of what holds so many GPUs of an autoscaling cluster for it."""
     driver = [sys.executable, "-m", "tunebench", "run", str(study), "--run", str(run), "--address", address]
@@ -109,7 +117,7 @@ def driver_command(study: Path, run: Path, address: str, gpus: int) -> list[str]
     return [sys.executable, "-m", "tunebench.cluster.demand", "--gpus", str(gpus), "--address", address, "--", *driver]
 
 
-def start_driver(command: Sequence[str], variables: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:
+def start_driver(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
     """Start a driver as a session of its own, whose output goes to the end of a file."""
     with output.open("ab") as log:
         return subprocess.Popen(
@@ -118,7 +126,7 @@ def start_driver(command: Sequence[str], variables: Mapping[str, str], output: P
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
 
 
@@ -146,16 +154,6 @@ def follow(driver: subprocess.Popen[bytes], output: Path, begins: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _wait_for_start(driver: subprocess.Popen[bytes], run: Path, output: Path, begins: int) -> int:
-    """Return as soon as a driver holds its run; one that ends before that has said why."""
-    until = time.monotonic() + _START_S
-    while driver.poll() is None and not is_held(run) and time.monotonic() < until:
-        time.sleep(_LOOK_EVERY_S)
-    if driver.poll() is None:
-        return 0
-    return follow(driver, output, begins)
-
-
 @contextmanager
 def _signals(driver: subprocess.Popen[bytes]) -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
@@ -173,6 +171,11 @@ def _signals(driver: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _complain(line: str) -> int:
+    print(f"tunebench: {line}", file=sys.stderr)
+    return _BAD_INPUT
 
 
 def _show(text: bytes) -> None:
@@ -217,6 +220,6 @@ def _parser() -> argparse.ArgumentParser:
         help="GPUs to ask an autoscaling cluster for meanwhile (default: none)",
     )
     parser.add_argument(
-        "--no-follow", dest="follow", action="store_false", help="return when the driver has begun its work"
+        "--no-follow", dest="follow", action="store_false", help="return as soon as the driver has been started"
     )
     return parser
