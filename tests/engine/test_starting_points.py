@@ -123,9 +123,16 @@ def test_weights_that_are_not_trained_do_not_move_by_a_bit(optimizer, train: Eng
     assert torch.equal(dict(again.model.named_parameters())[frozen.removeprefix("model.sole_model.")], start[frozen])
 
 
-@pytest.mark.parametrize(("family", "train"), [("nequip", "all"), ("allegro", "readout")])
-def test_both_engines_fine_tune_alike(family, train, fine_tuning):
-    task = fine_tuning("adamw", family=family, init={"train": train}, learning_rate=1e-2)
+@pytest.mark.parametrize(
+    ("optimizer", "family", "init"),
+    [
+        ("adamw", "nequip", {}),
+        ("schedule_free", "nequip", {"lr_factors": {"layer0*": 0.1, "*readout*": 2.0}}),
+        ("soap", "allegro", {"train": ["allegro.*", "edge_readout.*"], "lr_factors": {"allegro.latents*": 0.1}}),
+    ],
+)
+def test_both_engines_fine_tune_alike(optimizer, family, init, fine_tuning):
+    task = fine_tuning(optimizer, family=family, init=init, learning_rate=1e-2)
     one, other = by_lightning(replace(task, run=task.run / "l")), by_cohort(replace(task, run=task.run / "c"))
     assert other.errors["val"]["raw"]["forces_mae"] == pytest.approx(one.errors["val"]["raw"]["forces_mae"], rel=1e-3)
     assert other.train_loss == pytest.approx(one.train_loss, rel=1e-3)

@@ -106,5 +106,11 @@ def group_names(group: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{index:06d}" for index in range(len(group["params"]))) if names is None else tuple(names)
 
 
+def group_factors(group: Mapping[str, Any]) -> dict[str, float]:
+    """Factors on the learning rates of a group's parameters, by name; empty where all have the group's own."""
+    factors = group.get("lr_factors")
+    return {} if factors is None else dict(zip(group_names(group), factors, strict=True))
+
+
 def _is_map(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and min(shape) > 1
