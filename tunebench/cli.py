@@ -24,7 +24,7 @@ from tunebench import __version__
 from tunebench.cluster.templates import Kind
 from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
-from tunebench.study.record import JOURNAL, Stage
+from tunebench.study.record import JOURNAL, Readout, Split, Stage
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
@@ -95,6 +95,7 @@ def plan(
     Rungs, expected survivors, device-hours by stage, disk, and the smallest difference that its seeds resolve. Exits 1
     where a rule fails that the study does not waive. Of a run it shows what it was extended to.
     """
+    from tunebench.properties.of_study import property_needs
     from tunebench.study.journal import read_afforded
     from tunebench.study.lint import lint
     from tunebench.study.power import LEVEL, POWER, smallest_difference
@@ -119,7 +120,9 @@ def plan(
     from tunebench.tuning.footprint import disk_bytes
 
     engines = {name: choice.to_plain() for name, choice in choices.items()}
-    summary = plan_summary(resolved, seconds, engines, read_afforded(study) if (study / JOURNAL).is_file() else None)
+    frames = {name: prepared.splits[Split.TRAIN].frames for name, prepared in data.items()}
+    afforded = read_afforded(study) if (study / JOURNAL).is_file() else None
+    summary = plan_summary(resolved, seconds, engines, afforded=afforded, training_frames=frames)
     resolvable = smallest_difference(resolved.study.confirm.seeds)
     summary |= {
         "disk_bytes": disk_bytes(resolved, data),
@@ -132,6 +135,7 @@ def plan(
             "share_of_error": resolvable * seed_sd if math.isfinite(resolvable) else None,
         },
         "rules": [finding.to_plain() for finding in findings],
+        "properties": property_needs(resolved.study, summary["arms"]),
     }
     _print(summary, as_json, _plan_view)
     if any(finding.blocks for finding in findings):
@@ -394,16 +398,19 @@ def inspect_command(
 
 @app.command("properties")
 def properties_command(
-    model: Annotated[str, typer.Argument(help="final.ckpt of a confirm trial, a packaged model, or emt")],
+    model: Annotated[str, typer.Argument(help="final.ckpt or refined.pt of a confirm trial, a packaged model, or emt")],
     settings: Annotated[Path, typer.Option(help="property plan: what to compute, of what, against what")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file for the rows, .parquet or .json")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model runs")] = "cpu",
+    readout: Annotated[
+        Readout | None, typer.Option(help="weights of a confirm trial; left out, those final.ckpt evaluates with")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compute physical properties of a model in float64 and compare them with a reference; exits 1 where one failed."""
     from tunebench.properties.command import evaluate_model, rows_table
 
-    rows = evaluate_model(model, settings, out, device)
+    rows = evaluate_model(model, settings, out, device, readout)
     _print([row.to_plain() for row in rows], as_json, lambda _: rows_table(rows))
     if any(row.failed for row in rows):
         raise typer.Exit(FAILED)
@@ -541,6 +548,10 @@ def _plan_lines(summary: dict[str, Any]) -> list[str]:
     if summary["expected_device_s"] is not None:
         stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in Stage)
         lines.append(f"device-hours of training: {', '.join(stages)}; evaluation comes on top")
+    if summary["expected_refine_device_s"]:
+        hours = summary["expected_refine_device_s"] / 3600
+        lines.append(f"device-hours of refinement: {hours:.3g} in float32, up to twice that in float64")
+    lines += [f"properties: {need['text']}" for need in summary["properties"]]
     power = summary["resolvable"]
     if power["seed_sds"] is None:
         return [*lines, "resolution: one seed resolves nothing"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunebench.properties.of_study import with_properties
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
 from tunebench.study.extension import extended
@@ -74,6 +75,8 @@ def resolve(path: Path) -> ResolvedStudy:
     problems = [*contradictions, *study_problems(study), *space_problems(study, spaces)]
     study, missing = _with_data_files(study, path.resolve().parent)
     raise_problems(path, [*problems, *missing])
+    if study.properties:
+        study = with_properties(study, path)
     return _resolved(path, study, spaces)
 
 
@@ -146,6 +149,8 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
     del data["engine"], data["resources"]["slots"], data["resources"]["stalled_after_s"]
     if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
         del data["confirm"]["refine"]
+    if not data["properties"]:
+        del data["properties"]
     for workload in data["workloads"]:  # likewise
         if "keys" in workload["data"] and workload["data"]["keys"]["config_type"] is None:
             del workload["data"]["keys"]["config_type"]

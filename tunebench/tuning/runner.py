@@ -1,4 +1,4 @@
-"""Runs a study, or goes on with it: prepare, tune, select, confirm.
+"""Runs a study, or goes on with it: prepare, tune, select, confirm, and compute properties of what came out.
 
 The journal decides what is left to do, so a first start, a second start and a start after a kill are one code path.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
+from tunebench.properties.registry import check_installed
 from tunebench.study.edges import widenings
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError
@@ -67,11 +68,14 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
 
     Raises:
         StudyError: the data contradict the study, or it breaks a rule of a fair comparison that it does not waive.
-        RunError: the run directory belongs to another study or other data, is in use, or has no room.
+        RunError: the run directory belongs to another study or other data, is in use, or has no room; a library that
+            the study's properties need is not installed.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
+    if resolved.study.properties:
+        check_installed()  # before hours of training, not after them
     begun = (options.run / JOURNAL).exists()
     if not begun:  # later its ranges may be wider than fair ones are at the start
         refuse_unfair(resolved)
@@ -86,6 +90,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         with leaving_ray():
             run.tune()
             run.confirm()
+            run.properties()
     return read_trials(options.run)
 
 
@@ -154,6 +159,17 @@ class _Run:
                     key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
                     self._plan(arm, key, record.params)
         self._run_stage(Stage.CONFIRM)
+
+    def properties(self) -> None:
+        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        if not self._study.properties:
+            return
+        set_ray_environment(self._options.address)
+        from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
+
+        if self._pool is not None:
+            self._pool.close()
+        run_properties(self._resolved, self._journal.trials(), self._options, self._console)
 
     def _plan_sobol(self) -> None:
         count = max(arm.trials for arm in self._arms)
