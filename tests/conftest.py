@@ -17,6 +17,7 @@ DATA_VARIABLE = "TUNEBENCH_DATA"
 # Whole files are given to workers in this order: what takes longest comes first, and no worker is left alone with it.
 LONGEST_FIRST = (
     "tests/tuning/test_kill.py",
+    "tests/cluster/test_lan.py",
     "tests/tuning/test_pool.py",
     "tests/tuning/test_run.py",
     "tests/engine/test_fused.py",

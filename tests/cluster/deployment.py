@@ -147,6 +147,10 @@ class Deployment:
         except (FileNotFoundError, ValueError):
             return []
 
+    def ended(self) -> list[TrialRecord]:
+        """The trials that are closed."""
+        return [trial for trial in self.trials() if trial.reason is not None]
+
     def finished(self) -> bool:
         """Whether the report of the finished study is there."""
         ranking = self.run / "report" / "ranking.json"

@@ -138,8 +138,8 @@ def test_bad_input_ends_in_one_line(
 
 def test_a_study_finds_its_run_again_below_the_storage(tmp_path: Path) -> None:
     study = write_study(tmp_path)
-    run = run_folder(study, tmp_path / "storage")
-    assert run == run_folder(study, tmp_path / "storage")
+    run = run_folder(study, str(tmp_path / "storage"))
+    assert run == run_folder(study, str(tmp_path / "storage"))
     assert run.parent == tmp_path / "storage" / "runs"
     with pytest.raises(RunError, match="--storage"):
         run_folder(study, None)
@@ -158,6 +158,13 @@ def test_a_variable_that_is_given_reaches_the_study(
     assert "TUNEBENCH_TEST_DATA" in capsys.readouterr().err
     assert main([*blocked, "--set", f"TUNEBENCH_TEST_DATA={tmp_path}"]) == 2
     assert f"{tmp_path}/train.xyz is none" in capsys.readouterr().err
+
+
+def test_a_study_whose_files_go_to_an_address_has_its_run_on_the_head(tmp_path: Path) -> None:
+    run = run_folder(write_study(tmp_path), "s3://bucket/studies")
+    assert run.parent == Path("runs")
+    command = driver_command(Path("s.yaml"), run, "auto", 0, "s3://bucket/studies")
+    assert command[-2:] == ["--storage", "s3://bucket/studies"]
 
 
 def test_gpus_are_held_by_a_process_beside_the_driver(tmp_path: Path) -> None:

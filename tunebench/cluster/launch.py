@@ -21,6 +21,7 @@ from types import FrameType
 from tunebench.study.errors import RunError
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.spec import StudyError
+from tunebench.study.storage import is_address
 from tunebench.tuning.run_folder import LOCK, default_run_folder
 from tunebench.tuning.trial_log import LOGS
 from tunebench.workloads.data import CACHE_VARIABLE
@@ -45,22 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         os.environ.update(_variable(pair) for pair in given.set)
         run = run_folder(given.study, given.storage, given.run)
+        address = given.storage if given.storage and is_address(given.storage) else None
         refuse_second_driver(run)
         output = _output_of(run)
     except (RunError, StudyError) as error:
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.filename}: found {error.strerror}, allowed: a place that can be read and written")
-    if given.storage is not None:
-        os.environ.setdefault(CACHE_VARIABLE, str(given.storage / "cache"))
+    if given.storage and not address:
+        os.environ.setdefault(CACHE_VARIABLE, str(Path(given.storage) / "cache"))
     begins = output.stat().st_size
-    driver = start_driver(driver_command(given.study, run, given.address, given.gpus), output)
+    driver = start_driver(driver_command(given.study, run, given.address, given.gpus, address), output)
     print(_how_to_go_on(run, output), flush=True)
     return follow(driver, output, begins) if given.follow else 0
 
 
-def run_folder(study: Path, storage: Path | None, run: Path | None = None) -> Path:
+def run_folder(study: Path, storage: str | None, run: Path | None = None) -> Path:
     """The run directory of a study: the one given, the study itself where it is one, or STORAGE/runs/NAME-HASH.
+
+    Where the storage is an address, the run directory is runs/NAME-HASH on the head.
 
     Raises:
         RunError: nothing says where runs lie.
@@ -72,8 +76,11 @@ def run_folder(study: Path, storage: Path | None, run: Path | None = None) -> Pa
         load_run(study)
         return study
     if storage is None:
-        raise RunError(f"--storage: found nothing, nor {STORAGE_VARIABLE}, allowed: a folder that all nodes share")
-    return default_run_folder(resolve(study), storage / "runs")
+        raise RunError(
+            f"--storage: found nothing, nor {STORAGE_VARIABLE}, allowed: a folder that all nodes share, or an address"
+        )
+    parent = Path() if is_address(storage) else Path(storage)
+    return default_run_folder(resolve(study), parent / "runs")
 
 
 def refuse_second_driver(run: Path) -> None:
@@ -109,9 +116,10 @@ def _output_of(run: Path) -> Path:
     return output
 
 
-def driver_command(study: Path, run: Path, address: str, gpus: int) -> list[str]:
+def driver_command(study: Path, run: Path, address: str, gpus: int, storage: str | None = None) -> list[str]:
     """The command line of a study's driver, and of what holds so many GPUs of an autoscaling cluster for it."""
     driver = [sys.executable, "-m", "tunebench", "run", str(study), "--run", str(run), "--address", address]
+    driver += ["--storage", storage] if storage else []
     if not gpus:
         return driver
     return [sys.executable, "-m", "tunebench.cluster.demand", "--gpus", str(gpus), "--address", address, "--", *driver]
@@ -204,9 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", type=Path, required=True, help="study file on the head, or a run directory")
     parser.add_argument(
         "--storage",
-        type=Path,
-        default=Path(known) if known else None,
-        help=f"folder that all nodes share, for runs/ and cache/ (default: ${STORAGE_VARIABLE})",
+        default=known,
+        help=f"folder that all nodes share, for runs/ and cache/, or an address (s3://...), with which "
+        f"the run directory is on the head (default: ${STORAGE_VARIABLE})",
     )
     parser.add_argument("--run", type=Path, help="run directory (default: STORAGE/runs/NAME-HASH)")
     parser.add_argument("--address", default="auto", help="Ray cluster (default: the one of this node)")
