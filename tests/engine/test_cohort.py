@@ -25,6 +25,7 @@ from tests.engine.test_lightning import assert_same_state
 from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.engine.cohort import Cohort
+from tunebench.engine.fused import unfuse
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.padding import BatchShape, fits
 from tunebench.engine.resident import resident_frames
@@ -32,6 +33,7 @@ from tunebench.engine.slot_evaluation import SlotEvaluation
 from tunebench.engine.slot_group import SlotGroup
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
 from tunebench.engine.tenant import SlotState
+from tunebench.engine.watchdog import Watchdog
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
@@ -389,6 +391,30 @@ def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_roun
     found = run_cohort(cohort, tasks, stop_the_others)
     assert rows == [4] * 4 + [1] * 4
     assert_same_to_rounding(found[last], uncrowded[-1], 1e-9)
+
+
+def test_whatever_is_traced_in_the_middle_of_training_has_as_much_time_as_the_first_trace(
+    trials: CrystalTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog, tracing = Watchdog(900.0), list[tuple[str, float | None]]()
+
+    def traced(function: Any, *arguments: Any) -> Any:
+        tracing.append((type(function).__name__, watchdog.limit_s))
+        return unfuse(function, *arguments)
+
+    monkeypatch.setattr("tunebench.engine.workload_functions.unfuse", traced)
+    tasks = [trials.task(index=index) for index in range(4)]
+    cohort = Cohort(tasks[0], 4, cache=trials.traces, compiled=False, watchdog=watchdog)
+    limits: list[float | None] = []
+
+    def leave_one_alone(name: str, report: Evaluation) -> None:
+        limits.append(watchdog.limit_s)
+        if name != tasks[-1].key.trial_id:
+            cohort.leave(name, Reason.STOPPED_ASHA)
+
+    run_cohort(cohort, tasks, leave_one_alone)
+    assert tracing == [(name, 3600.0) for name in ("LossGradient", "Evaluate", "LossGradient")], "of four rows, of one"
+    assert set(limits) == {900.0}
 
 
 def test_a_slot_that_diverges_says_so_once_and_its_place_is_taken(trials: CrystalTrials) -> None:

@@ -25,8 +25,7 @@ from tunebench.engine.checkpoints import FINAL
 from tunebench.engine.error_parts import PartRow, RunningParts, SplitParts
 from tunebench.engine.errors import split_errors
 from tunebench.engine.graphs import synchronize
-from tunebench.engine.loss import LossWeights
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.readouts import readout_weights
@@ -93,8 +92,7 @@ class _Trial(lightning.Callback):
         self.book, self.report, self.beat = TrialBook(task), report, beat
         self.task = task = self.book.task
         config = training_module(task)
-        weights = LossWeights.of(task.workload.loss)
-        self.module = build_module(config, weights, task.averaged, info_dict(task, config))
+        self.module = trial_module(task, config, info_dict(task, config))
         self.optimizer: Any = None
         self.restored = self.book.take_checkpoint()
         self.step = self.book.last.step

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from tunebench.study.initial import ADOPTED
 from tunebench.study.problems import Problem, one_of
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
@@ -99,6 +100,8 @@ def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
         yield from _extxyz_problems(workload.data, f"{key}.data")
     if isinstance(workload.data, NequipData):
         yield from _nequip_problems(workload.data, f"{key}.data")
+    if workload.init is None and workload.model.preset == ADOPTED:
+        yield Problem(f"{key}.model.preset", ADOPTED, "another preset, or an `init` whose file says all of the model")
     yield from _model_problems(workload.model, f"{key}.model")
     yield from _loss_problems(workload, key)
     yield from _size_problems(workload, key)
@@ -122,7 +125,7 @@ def _nequip_problems(data: NequipData, key: str) -> Iterator[Problem]:
 
 def _model_problems(model: Model, key: str) -> Iterator[Problem]:
     presets = PRESETS[model.family]
-    if model.preset not in presets:
+    if model.preset not in presets and model.preset != ADOPTED:
         yield Problem(f"{key}.preset", model.preset, f"for {model.family}: {one_of(presets, model.preset)}")
     for name in model.arguments:
         if reason := why_left_out(name):

@@ -21,6 +21,8 @@ def plan_summary(
     resolved: ResolvedStudy,
     step_seconds: Mapping[str, float] | None = None,
     engines: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    afforded: Mapping[str, Mapping[int, int]] | None = None,
     training_frames: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
@@ -29,12 +31,20 @@ def plan_summary(
         resolved: the study.
         step_seconds: measured seconds of one training step by arm name, alone on its device.
         engines: ``{engine, slots, reason}`` by workload name, where it is known.
+        afforded: of a run under a cap, what its journal says that each arm's device-seconds pay for, by the number of
+            configurations wanted (`read_afforded`).
         training_frames: frames of the training split by workload name, over all of which a refinement runs; where they
             are not known, neither is what a refinement costs.
     """
     frames = training_frames or {}
     rows = [
-        _row(resolved, arm, (step_seconds or {}).get(arm.name), frames.get(arm.workload.name))
+        _row(
+            resolved,
+            arm,
+            (step_seconds or {}).get(arm.name),
+            (afforded or {}).get(arm.name, {}),
+            frames.get(arm.workload.name),
+        )
         | _engine(engines or {}, arm)
         for arm in plan_arms(resolved)
     ]
@@ -49,11 +59,13 @@ def plan_summary(
     }
 
 
-def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None, frames: int | None) -> dict[str, Any]:
+def _row(
+    resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None, afforded: Mapping[int, int], frames: int | None
+) -> dict[str, Any]:
     """One arm; under a cap it has as many trials as that pays for if all of them take the measured step."""
     study, horizon = resolved.study, planned.workload.max_steps
-    arm = _within_cap(resolved, planned, step_s)
-    sentinels = len(_sentinels(resolved, planned, arm.trials))
+    arm = _within_cap(resolved, planned, step_s, afforded)
+    sentinels = len(_sentinels(resolved, planned, afforded, arm.trials))
     asha = study.tune.asha and study.tune.asha.model_copy(update={"sentinels": sentinels})
     tune = study.tune.model_copy(update={"trials_per_arm": arm.trials, "asha": asha})
     fewest = min(study.confirm.top_k, arm.trials)
@@ -93,18 +105,22 @@ def _refinement_steps(how: Refinement | None, workload: Workload, trials: int, f
     return None if frames is None else trials * math.ceil(evaluations * frames / workload.batch_size)
 
 
-def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None) -> ArmPlan:
+def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None, afforded: Mapping[int, int]) -> ArmPlan:
     tune, cap = resolved.study.tune, cap_of(arm, resolved.study.tune)
+    if arm.trials in afforded:  # decided, whatever a step takes now
+        return replace(arm, trials=afforded[arm.trials])
     if cap is None or step_s is None:
         return arm
     times, fewest = [step_s] * arm.trials, resolved.study.confirm.top_k
-    drawn = partial(_sentinels, resolved, arm)
-    return replace(arm, trials=affordable(arm, tune.asha, times, drawn, fewest, cap))
+    drawn = partial(_sentinels, resolved, arm, afforded)
+    return replace(arm, trials=affordable(arm, tune.asha, times, drawn, fewest, cap, afforded.values()))
 
 
-def _sentinels(resolved: ResolvedStudy, arm: ArmPlan, trials: int) -> frozenset[int]:
-    """The sentinels of an arm that has so many trials at its start."""
-    return arm_sentinels(resolved.study, arm, {arm.trials: trials})
+def _sentinels(resolved: ResolvedStudy, arm: ArmPlan, afforded: Mapping[int, int], trials: int) -> frozenset[int]:
+    """The sentinels of an arm that has so many trials."""
+    if resolved.study.tune.device_seconds_per_arm is None:
+        return arm_sentinels(resolved, arm)
+    return arm_sentinels(resolved, arm, {**afforded, arm.trials: trials})
 
 
 def _engine(engines: Mapping[str, Mapping[str, Any]], arm: ArmPlan) -> dict[str, Any]:

@@ -22,10 +22,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
 from tunebench.engine.watchdog import why_ended
+from tunebench.study.software import Software
 from tunebench.study.spec import Resources
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.failures import node_is_gone
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.node_checks import Node
+from tunebench.tuning.node_watch import NodeWatch
 from tunebench.tuning.placement import Admit, Placement
 from tunebench.tuning.trial_log import log_to
 
@@ -105,9 +108,10 @@ class Pool:
     Args:
         resources: what the study says of devices, slots and failures.
         logs: folder of the run's logs.
+        driver: software that a node must have to get trials; None takes every node as it is.
     """
 
-    def __init__(self, resources: Resources, logs: Path) -> None:
+    def __init__(self, resources: Resources, logs: Path, driver: Software | None = None) -> None:
         self._resources, self._logs = resources, logs
         self._slots = resources.slots if isinstance(resources.slots, int) else None
         self._losses: Counter[str] = Counter()
@@ -123,6 +127,8 @@ class Pool:
         self._background: set[asyncio.Task[None]] = set()
         self._looks = False
         self._others_wait = False
+        self._events: list[str] = []
+        self._watch = NodeWatch(resources.device, driver, self._tell)
         self._keeps_log = log_to(logs / "pool.log")
         self._keeps_log.__enter__()
 
@@ -137,10 +143,14 @@ class Pool:
             self._later(self._look_at_cluster())
         self._grow()
 
-    async def capacity(self) -> int:
-        """Trials that can be in at once, on all devices of the cluster; at least 1."""
+    async def look(self, heard: int) -> tuple[int, list[str]]:
+        """Trials that can be in at once, on all devices of the cluster, at least 1; and events, but the first ones.
+
+        Args:
+            heard: events that the driver has told already.
+        """
         sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
-        return max(len(self._usable_devices()), 1) * max(sizes, default=1)
+        return max(len(self._usable_devices()), 1) * max(sizes, default=1), self._events[heard:]
 
     async def vacate(self, trial: str, visit: str) -> None:
         """A trial waits at a rung or was stopped: its slot is free, unless it has come back already."""
@@ -200,14 +210,23 @@ class Pool:
 
     async def _look_at_cluster(self) -> None:
         while True:
+            for node in self._watch.newcomers():
+                self._later(self._check(node))
             await asyncio.sleep(_LOOK_AT_CLUSTER_S)
             self._grow()
             self._give_back()
             self._move()
 
+    async def _check(self, node: Node) -> None:
+        await self._watch.check(node)
+        self._grow()
+
+    def _tell(self, event: str) -> None:
+        log.warning("%s", event)
+        self._events.append(event)
+
     def _usable_devices(self) -> list[Device]:
-        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        found = [device for node in nodes for device in self._devices_of(node)]
+        found = [device for node in self._watch.usable() for device in self._devices_of(node)]
         return [device for device in found if self._failed_starts.get(device, 0) < _FAILED_STARTS]
 
     def _devices_of(self, node: Mapping[str, Any]) -> list[Device]:

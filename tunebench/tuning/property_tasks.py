@@ -129,7 +129,7 @@ def run_properties(
     jobs = model_jobs(study, records, run)
     if not any(job.left(run) for job in jobs):
         return
-    join_ray(options.address, study.resources, run)
+    join_ray(options.address, study.resources, run, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     _Tasks(run, study, console).work_off(reference_jobs(study), "references")
     _Tasks(run, study, console).work_off(jobs, "models")

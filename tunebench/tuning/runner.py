@@ -22,6 +22,7 @@ from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.extension import extend, extended
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.lint import refuse_unfair
+from tunebench.study.notice import take_down
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
@@ -137,6 +138,7 @@ class _Run:
                 drop_checkpoints(self._options.run, record.key.trial_id)
         for leftover in self._options.run.glob(f"{BUILDING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        take_down(self._options.run)
 
     def tune(self) -> None:
         """Tune stage: plan every configuration of every arm and run those that have not ended."""
@@ -254,7 +256,9 @@ class _Run:
             from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
             from tunebench.tuning.stage import run_stage
 
-            self._pool = self._pool or PoolClient(self._study.resources, self._options.run)
+            self._pool = self._pool or PoolClient(
+                self._study.resources, self._options.run, joined=self._options.address is not None, say=self._say
+            )
             run_stage(
                 self._resolved,
                 stage,

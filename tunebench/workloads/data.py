@@ -274,7 +274,7 @@ def _type_names(frames: Frames) -> list[str]:
 
 def _load_split(folder: Path, entry: dict[str, Any]) -> SplitFile:
     path = folder / entry["file"]
-    found = _known_hash(path) if path.is_file() else None
+    found = known_hash(path) if path.is_file() else None
     if found != entry["sha256"]:
         allowed = f"the file its manifest describes (sha256 {entry['sha256'][:12]}); delete the folder to make it anew"
         raise WorkloadError("data", f"{path} (sha256 {found and found[:12]})", allowed)
@@ -282,7 +282,8 @@ def _load_split(folder: Path, entry: dict[str, Any]) -> SplitFile:
     return SplitFile(path=path, config_types=tuple(entry.get("config_types", ())), **fields)
 
 
-def _known_hash(path: Path) -> str:
+def known_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file, computed once per process and state of the file."""
     # A process opens each data set many times; a change shows in these numbers (the last two of them in ns).
     state = path.stat()
     return _hash_in_state(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
