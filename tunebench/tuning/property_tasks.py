@@ -26,12 +26,13 @@ from tunebench.properties.model_record import (
     reference_name,
 )
 from tunebench.properties.of_study import Measurement, measurements
-from tunebench.study.control import Control, Wish
-from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.control import Wish
+from tunebench.study.errors import RunError
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import ModelProperties, Study
+from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import join_ray
 from tunebench.tuning.trial_log import log_to, trial_log
@@ -175,8 +176,7 @@ class _Tasks:
 
     def __init__(self, run: Path, study: Study, console: Console) -> None:
         self._run, self._study, self._console = run, study, console
-        self._control = Control(run)
-        self._lost: set[str] = set()
+        self._orders = Orders(run)
 
     def work_off(self, jobs: Sequence[ModelJob], what: str) -> None:
         """Return when all jobs are done.
@@ -205,7 +205,7 @@ class _Tasks:
         }
         pending = list(tasks)
         try:
-            while pending and self._control.wish() is Wish.RESUME:
+            while pending and self._orders.wish() is Wish.RESUME:
                 ready, pending = ray.wait(pending, timeout=_LOOK_EVERY_S)
                 for task in ready:
                     self._end(task, tasks)
@@ -236,12 +236,10 @@ class _Tasks:
         Raises:
             Interrupted: it is cancelled or drained.
         """
-        while (wish := self._control.wish()) is Wish.PAUSE:
+        self._orders.obey()
+        while self._orders.wish() is Wish.PAUSE:
             time.sleep(_LOOK_EVERY_S)
-        if wish is Wish.CANCEL:
-            raise Interrupted(f"{self._run}: cancelled; `tunebench resume` lets `tunebench run` go on")
-        if wish is Wish.DRAIN:
-            raise Interrupted(f"{self._run}: drained; `tunebench run` goes on")
+            self._orders.obey()
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
