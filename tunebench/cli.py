@@ -144,8 +144,17 @@ def plan(
 
 @app.command()
 def run(
-    study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="study file; a run directory or a run's storage goes on with that run")
+    ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="address such as s3://bucket/studies where all nodes keep checkpoints and curves, in NAME-HASH; left "
+            "out, the run directory"
+        ),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
     extend: Annotated[
         int,
@@ -158,24 +167,35 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on where it stopped. Ctrl-C keeps everything."""
-    from tunebench.study.resolve import load_run, resolve
-    from tunebench.tuning.run_folder import default_run_folder
+    from tunebench.tuning.run_source import source_of
     from tunebench.tuning.runner import RunOptions, run_study
 
-    source = study or _default_study()
-    if source.is_dir():
-        resolved, folder = load_run(source), run_folder or source
-    else:
-        resolved = resolve(source)
-        folder = run_folder or default_run_folder(resolved, Path("runs"))
     console = _stderr() if as_json else _stdout()
-    console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-    records = run_study(resolved, RunOptions(run=folder, address=address, extend=extend), console)
-    summary: dict[str, Any] = {"run": str(folder), "trials": len(records)}
+    found = source_of(study or str(_default_study()), run_folder, storage)
+    console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
+    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage)
+    records = run_study(found.resolved, options, console)
+    summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:
-        summary |= _write_report(folder)
+        summary |= _write_report(found.folder)
     _print(summary, as_json, lambda s: f"report: {s['report']}" if report else f"run: {s['run']}")
     _fail_for_checks(summary)
+
+
+@app.command()
+def fetch(
+    address: Annotated[str, typer.Argument(help="storage of a run, for example s3://bucket/studies/NAME-HASH")],
+    run_folder: Annotated[Path | None, typer.Option("--run", help="run directory to make, else runs/NAME-HASH")] = None,
+    checkpoints: Annotated[bool, typer.Option(help="bring checkpoints, too")] = True,
+    as_json: Json = False,
+) -> None:
+    """Bring a run, finished or not, from its storage to a run directory; what has not changed is left as it is."""
+    from tunebench.study.run_copy import fetch_run
+    from tunebench.study.storage import Storage
+
+    folder = run_folder or Path("runs") / address.rstrip("/").rpartition("/")[2]
+    came = fetch_run(Storage(address), folder, checkpoints=checkpoints)
+    _print({"run": str(folder), "files": len(came)}, as_json, lambda f: f"{f['run']}: {f['files']} files came")
 
 
 @app.command()

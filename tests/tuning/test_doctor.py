@@ -54,10 +54,11 @@ def test_what_is_wrong_with_a_node_is_named_with_its_mend(
 
 
 def test_a_machine_tells_whether_it_can_write_and_see_the_probe(tmp_path: Path) -> None:
-    (tmp_path / "probe").touch()
-    assert node_report(tmp_path, "probe").reads
-    assert not node_report(tmp_path, "elsewhere").reads
-    assert node_report(tmp_path / "missing", "probe").storage_error
+    (tmp_path / "probe").write_bytes(b"now")
+    assert node_report(tmp_path, "probe", b"now").reads
+    assert not node_report(tmp_path, "probe", b"before").reads
+    assert not node_report(tmp_path, "elsewhere", b"now").reads
+    assert node_report(tmp_path / "missing", "probe", b"now").storage_error
     assert [file.name for file in tmp_path.iterdir()] == ["probe"]
 
 

@@ -15,6 +15,7 @@ from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, sav
 from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
 from tunebench.engine.error_parts import PartRow, write_parts
 from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.trial_files import TrialFiles
 from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
@@ -53,6 +54,7 @@ class TrialBook:
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
+        self._files = TrialFiles(task.storage, task.run, task.key.trial_id)
         self._unwritten: list[Evaluation] = []
         self._parts: Sequence[PartRow] = ()
         self._written_at = -math.inf
@@ -154,6 +156,9 @@ class TrialBook:
         """Write curve and events up to the last evaluation, and a checkpoint where the engine's part of one is given.
 
         Books of different trials may write at the same time in different threads.
+
+        Raises:
+            StorageError: it is written here and cannot be stored.
         """
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
         for evaluation in self._unwritten:
@@ -164,6 +169,7 @@ class TrialBook:
         if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
+        self._files.store()
         self._written_at = time.perf_counter()
 
     def keep(self, save: Callable[[], dict[str, Any]]) -> None:
@@ -207,6 +213,7 @@ class TrialBook:
             self._board.suspend()
         else:
             self._board.close(self.last, reason)
+        self._files.store()
 
     def _outcome(self, evaluation: Evaluation) -> tuple[Reason | None, str]:
         raw = evaluation.errors[Split.VAL][Readout.RAW][Metric.OBJECTIVE]

@@ -5,6 +5,7 @@ Every node writes, reads what the driver wrote, and tells its versions, devices,
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 import uuid
@@ -58,11 +59,11 @@ class NodeReport:
     clock_s: float
 
 
-def node_report(folder: Path, probe: str) -> NodeReport:
+def node_report(folder: Path, probe: str, content: bytes) -> NodeReport:
     """Look at the machine this runs on: its software, and the storage at `folder`, where the driver left `probe`."""
     own, error, reads, free = folder / f".probe-{uuid.uuid4().hex}", "", False, 0
     try:
-        reads = (folder / probe).is_file()
+        reads = (folder / probe).is_file() and (folder / probe).read_bytes() == content
         own.write_bytes(b"tunebench")
         own.unlink()
         free = shutil.disk_usage(folder).free
@@ -85,18 +86,18 @@ def examine(folder: Path, address: str | None) -> list[Finding]:
         folder: where runs will lie; it is made if it is not there.
         address: as of `tunebench run`; None looks at this machine alone.
     """
-    probe = f".probe-{uuid.uuid4().hex}"
+    probe, content = f".probe-{uuid.uuid4().hex}", secrets.token_bytes(64)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / probe).write_bytes(b"tunebench")
+        (folder / probe).write_bytes(content)
     except OSError as problem:
         why = f"{folder}: {problem.strerror}"
         return [Finding(check="storage", where="this machine", found=why, mend="a folder that can be written")]
     try:
-        own = node_report(folder, probe)
+        own = node_report(folder, probe, content)
         found = list(judge("this machine", own, own, 0.0))
         if address:
-            for where, report, skew_s in _nodes(folder.resolve(), probe, address):
+            for where, report, skew_s in _nodes(folder.resolve(), probe, content, address):
                 found += judge(where, report, own, skew_s)
         return found
     finally:
@@ -137,7 +138,7 @@ def _versions(where: str, node: Software, found: list[Difference]) -> Finding:
     return Finding(check="versions", where=where, found=told, mend=mend)
 
 
-def _nodes(folder: Path, probe: str, address: str) -> Iterable[tuple[str, NodeReport, float]]:
+def _nodes(folder: Path, probe: str, content: bytes, address: str) -> Iterable[tuple[str, NodeReport, float]]:
     """Name, report and clock skew of every node of a cluster, asked on the node itself."""
     from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment
 
@@ -150,7 +151,7 @@ def _nodes(folder: Path, probe: str, address: str) -> Iterable[tuple[str, NodeRe
         ray.init(address=address, log_to_driver=False, configure_logging=False)
         for node in alive_nodes():
             # its process starts, which is not the clock's fault
-            ray.get(on_node(node, node_report, folder, probe), timeout=ANSWER_S)
+            ray.get(on_node(node, node_report, folder, probe, content), timeout=ANSWER_S)
             before = time.time()
-            report = ray.get(on_node(node, node_report, folder, probe), timeout=ANSWER_S)
+            report = ray.get(on_node(node, node_report, folder, probe, content), timeout=ANSWER_S)
             yield address_of(node), report, report.clock_s - (before + time.time()) / 2.0

@@ -15,15 +15,16 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tunebench.study.software import Software
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_checks import (
     ANSWER_S,
     Node,
+    NodeAnswer,
+    Standard,
     Verdict,
     address_of,
     alive_nodes,
-    ask_software,
+    ask,
     is_alive,
     judge_node,
 )
@@ -36,13 +37,12 @@ class NodeWatch:
     """The nodes of a cluster as far as trials may use them.
 
     Args:
-        device: ``cuda`` or ``cpu``, on which trials train.
-        driver: software that a node must have; None takes every node as it is.
+        standard: what a node must be; None takes every node as it is.
         tell: takes one line about whatever happens to a node, once.
     """
 
-    def __init__(self, device: str, driver: Software | None, tell: Callable[[str], None]) -> None:
-        self._device, self._driver, self._tell = device, driver, tell
+    def __init__(self, standard: Standard | None, tell: Callable[[str], None]) -> None:
+        self._standard, self._tell = standard, tell
         self._verdicts: dict[str, Verdict] = {}
         self._asked_at: dict[str, float] = {}
         self._told: set[str] = set()
@@ -58,7 +58,7 @@ class NodeWatch:
 
     def newcomers(self) -> list[Node]:
         """Nodes that nobody has checked yet; what is returned counts as being checked."""
-        if self._driver is None:
+        if self._standard is None:
             return []
         self._look()
         now = time.monotonic()
@@ -68,19 +68,19 @@ class NodeWatch:
 
     async def check(self, node: Node) -> None:
         """Compare a newcomer with the driver; one that does not match is kept free of trials of any engine."""
-        assert self._driver is not None
+        assert self._standard is not None
         name = node["NodeID"]
-        answer: Software | Exception
+        answer: NodeAnswer | Exception
         try:
-            answer = await asyncio.wait_for(ask_software(node), ANSWER_S)
+            answer = await asyncio.wait_for(ask(node, self._standard), ANSWER_S)
         except (RayError, TimeoutError) as error:
             if not is_alive(node):
                 return
             answer = error
-        verdict = judge_node(node, answer, self._driver, self._device)
+        verdict = await asyncio.to_thread(judge_node, node, answer, self._standard)
         for line in filter(None, (verdict.refusal, verdict.warning)):
             self._tell_once(f"{line}; it gets no trials" if line == verdict.refusal else line)
-        if isinstance(answer, Software):
+        if isinstance(answer, NodeAnswer):
             self._verdicts[name] = verdict
             if verdict.refusal:
                 self._holders[name] = _hold(node)
@@ -91,7 +91,7 @@ class NodeWatch:
         return self._draining
 
     def _is_fit(self, name: str) -> bool:
-        verdict = Verdict() if self._driver is None else self._verdicts.get(name)
+        verdict = Verdict() if self._standard is None else self._verdicts.get(name)
         return verdict is not None and not verdict.refusal and name not in self._draining
 
     def _is_due(self, name: str, now: float) -> bool:

@@ -14,11 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
 from tunebench.study.errors import RunStopped
-from tunebench.study.software import software
 from tunebench.study.spec import Resources
+from tunebench.study.storage import Storage
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.node_checks import Standard
 from tunebench.tuning.pool import Pool
-from tunebench.tuning.trial_log import LOGS
 
 _ASK_EVERY_S = 2.0
 _CALLS_AT_ONCE = 4096
@@ -33,6 +33,7 @@ class PoolClient:
         resources: what the study says of devices, slots and failures.
         run: the run directory.
         joined: whether the cluster is another one than this machine alone.
+        storage: of the run, or None.
         say: takes lines for the user.
 
     Attributes:
@@ -40,9 +41,16 @@ class PoolClient:
     """
 
     def __init__(
-        self, resources: Resources, run: Path, *, joined: bool = False, say: Callable[[str], None] = lambda line: None
+        self,
+        resources: Resources,
+        run: Path,
+        *,
+        joined: bool = False,
+        storage: Storage | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.actor: Handle | None = None
+        self._storage = storage
         self._resources, self._run, self._joined, self._say = resources, run.resolve(), joined, say
         self._capacity, self._heard = 1, 0
         self._asked_at = -_ASK_EVERY_S
@@ -102,9 +110,8 @@ class PoolClient:
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
         actor_class: Any = ray.remote(Pool)
-        return actor_class.options(**options).remote(
-            self._resources, self._run / LOGS, software() if self._joined else None
-        )
+        standard = Standard.of_driver(self._resources.device, self._run, self._storage) if self._joined else None
+        return actor_class.options(**options).remote(self._resources, self._run, self._storage, standard)
 
 
 class TrialQueue(BasicVariantGenerator):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from tunebench.engine.checkpoints import FINAL, REFINED, checkpoint_folder
@@ -32,6 +33,7 @@ from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import ModelProperties, Study
+from tunebench.study.storage import Storage
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import join_ray
@@ -118,22 +120,46 @@ def run_properties(
     resolved: ResolvedStudy,
     records: Sequence[TrialRecord],
     options: RunOptions,
+    storage: Storage | None,
     console: Console,
 ) -> None:
     """Compute all properties that are not there, references first.
 
+    With a storage, models are measured on the driver's node, which alone has their checkpoints as files.
+
     Raises:
-        RunError: a reference cannot be computed.
+        RunError: a reference cannot be computed, or the driver's node has no room for a model.
         Interrupted: that was asked; what is done is kept.
     """
     study, run = resolved.study, options.run.resolve()
     jobs = model_jobs(study, records, run)
     if not any(job.left(run) for job in jobs):
         return
-    join_ray(options.address, study.resources, run, console)
+    join_ray(options.address, study.resources, run, storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
-    _Tasks(run, study, console).work_off(reference_jobs(study), "references")
-    _Tasks(run, study, console).work_off(jobs, "models")
+    references = reference_jobs(study)
+    node = None if storage is None else _node_with_room([*references, *jobs])
+    _Tasks(run, study, node, console).work_off(references, "references")
+    _Tasks(run, study, node, console).work_off(jobs, "models")
+
+
+def _node_with_room(jobs: Sequence[ModelJob]) -> str:
+    """Ray's id of the driver's node.
+
+    Raises:
+        RunError: it is too small for a job.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (room,) = (node["Resources"] for node in nodes if node["NodeID"] == own)
+    cpus, gpus = room.get("CPU", 0.0), room.get("GPU", 0.0)
+    wanted = max(job.cpus for job in jobs), max(job.gpus for job in jobs)
+    if cpus < wanted[0] or gpus < wanted[1]:
+        raise RunError(
+            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models where "
+            f"they lie in a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs"
+        )
+    return str(own)
 
 
 def _job(
@@ -174,8 +200,8 @@ def _measure(job: ModelJob, run: Path) -> None:
 class _Tasks:
     """Works off jobs on the cluster, and lets them go where something else is asked of the run."""
 
-    def __init__(self, run: Path, study: Study, console: Console) -> None:
-        self._run, self._study, self._console = run, study, console
+    def __init__(self, run: Path, study: Study, node: str | None, console: Console) -> None:
+        self._run, self._study, self._node, self._console = run, study, node, console
         self._orders = Orders(run)
 
     def work_off(self, jobs: Sequence[ModelJob], what: str) -> None:
@@ -194,12 +220,14 @@ class _Tasks:
     def _round(self, jobs: Sequence[ModelJob]) -> None:
         """Start all jobs and wait; Ray runs as many at a time as the cluster has room for."""
         remote: Any = ray.remote(_measure)
+        where = "DEFAULT" if self._node is None else NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)
         tasks = {
             remote.options(
                 num_cpus=job.cpus,
                 num_gpus=job.gpus,
                 max_retries=self._study.resources.max_failures,
                 name=job.model,
+                scheduling_strategy=where,
             ).remote(job, self._run): job
             for job in jobs
         }

@@ -17,13 +17,15 @@ from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
-from tunebench.study.record import Reason, Stage, TrialRecord
+from tunebench.study.record import TENSORBOARD, Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Engine, Resources
+from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
-from tunebench.tuning.node_checks import check_software
+from tunebench.tuning.node_checks import Standard, check_nodes
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -50,6 +52,7 @@ def run_stage(
     tasks: Mapping[str, TrialTask],
     engines: Mapping[str, EngineChoice],
     pool: PoolClient,
+    copy: RunCopy,
     journal: JournalWriter,
     boards: ArmBoards,
     options: RunOptions,
@@ -68,7 +71,7 @@ def run_stage(
     for record in records:
         progress.planned(record.key, record.reason, record.value)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    join_ray(options.address, study.resources, options.run, console)
+    join_ray(options.address, study.resources, options.run, copy.storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
@@ -90,9 +93,12 @@ def run_stage(
         left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
         stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
         obey=orders.obey,
+        copy=copy,
     )
     trainable = tune.with_resources(
-        tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
+        tune.with_parameters(
+            train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve(), storage=copy.storage
+        ),
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
@@ -156,20 +162,25 @@ class Watching(tune.Callback):
 
 def _close_board(task: TrialTask, last: Evaluation) -> None:
     """A stopped trial's process may be gone, and cannot tell a stop from a pause; its end is written here."""
+    folder = task.run / TENSORBOARD / task.key.trial_id
+    before = set(folder.glob("events.*"))
     TrialBoard(task.run, task.key, task.hyperparameters, last.step).close(last, Reason.STOPPED_ASHA)
+    if task.storage is not None:
+        for file in set(folder.glob("events.*")) - before:
+            task.storage.put(file.relative_to(task.run).as_posix(), file)
 
 
 def _trial_id(trial: Any) -> str:
     return str(trial.config["trial"])
 
 
-def join_ray(address: str | None, resources: Resources, run: Path, console: Console) -> None:
+def join_ray(address: str | None, resources: Resources, run: Path, storage: Storage | None, console: Console) -> None:
     """Join a cluster, or start one on this machine, whose ports ask for the token of `set_ray_environment`.
 
     Does nothing where this process is connected already.
 
     Raises:
-        RunError: a node of the cluster runs other software than this process.
+        RunError: a node of the cluster runs other software than this process, or does not share the run's storage.
     """
     _quiet(run)
     if ray.is_initialized():
@@ -177,7 +188,7 @@ def join_ray(address: str | None, resources: Resources, run: Path, console: Cons
     environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
-        check_software(resources.device, console)
+        check_nodes(Standard.of_driver(resources.device, run, storage), console)
         return
     ray.init(
         address="local",

@@ -201,7 +201,7 @@ def _check_counts(frames: Frames) -> None:
 
 
 def _try_writing(folder: Path) -> None:
-    with _building_of(folder) as building:
+    with building_of(folder) as building:
         (building / "probe").write_bytes(_PROBE)
 
 
@@ -214,8 +214,12 @@ def _sweep(cache: Path) -> None:
 
 
 @contextmanager
-def _building_of(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one, which is gone afterwards unless it was renamed."""
+def building_of(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one, which is gone afterwards unless it was renamed.
+
+    Raises:
+        WorkloadError: the cache cannot be written.
+    """
     building = folder.with_name(f"{_BUILDING}{folder.name}-{secrets.token_hex(6)}")
     try:
         building.mkdir(parents=True)
@@ -229,7 +233,7 @@ def _building_of(folder: Path) -> Iterator[Path]:
 
 
 def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
-    with _building_of(folder) as building:
+    with building_of(folder) as building:
         splits = {split: _write_split(building, split, frames[split], about) for split in frames}
         manifest = {
             **{key: value for key, value in about.items() if key != "fingerprints"},
@@ -239,10 +243,11 @@ def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
             "periodic": any(bool(frame.pbc.any()) for split in frames.values() for frame in split),
         }
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
-        _move(building, folder)
+        move_into_place(building, folder)
 
 
-def _move(building: Path, folder: Path) -> None:
+def move_into_place(building: Path, folder: Path) -> None:
+    """Rename a built folder to its final place, where another process may have put an equal one."""
     try:
         building.rename(folder)
     except OSError:
