@@ -42,4 +42,4 @@ lock:
 	rm -rf .lock-venv
 
 clean:
-	rm -rf runs $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs bases $(VENV) .mypy_cache .ruff_cache .pytest_cache
