@@ -48,9 +48,25 @@ def study_problems(study: Study) -> Iterator[Problem]:
             yield from _schedule_problems(arm.schedule, f"optimizers[{index}].schedule")
     yield from _objective_problems(study)
     yield from _stage_problems(study)
+    yield from _property_problems(study)
     gpus = study.resources.gpus_per_trial
     if gpus > 1.0:
         yield Problem("resources.gpus_per_trial", gpus, "0 to 1: a trial trains on one GPU or on a part of one")
+
+
+def _property_problems(study: Study) -> Iterator[Problem]:
+    if study.properties and study.keep_checkpoints == "none":
+        yield Problem("keep_checkpoints", study.keep_checkpoints, "confirm or all, because properties need the models")
+    names = [workload.name for workload in study.workloads]
+    taken: set[tuple[str, str]] = set()
+    for index, section in enumerate(study.properties):
+        for name in section.workloads:
+            if name not in names:
+                yield Problem(f"properties[{index}].workloads", name, one_of(names, name))
+        own = {(workload, entry) for workload in section.workloads or names for entry in section.properties}
+        for workload, entry in sorted(own & taken):
+            yield Problem(f"properties[{index}].properties", entry, f"each name once for workload {workload}")
+        taken |= own
 
 
 def space_problems(study: Study, spaces: Mapping[str, SearchSpace]) -> Iterator[Problem]:

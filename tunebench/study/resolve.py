@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunebench.properties.of_study import with_properties
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
 from tunebench.study.extension import extended
@@ -32,6 +33,7 @@ class ResolvedStudy:
         schedules: likewise, its learning-rate schedule.
         hash: SHA-256 (hex) of study and search spaces; formatting, comments and the order of keys do not count, nor do
             `engine` and `resources.slots`: a run may go on with another engine.
+        earlier_trials_per_arm: configurations of every arm before each extension of its run; the study has today's.
     """
 
     study: Study
@@ -39,6 +41,7 @@ class ResolvedStudy:
     spaces: Mapping[str, SearchSpace]
     schedules: Mapping[str, Schedule]
     hash: str
+    earlier_trials_per_arm: tuple[int, ...] = ()
 
     def write(self, run: Path) -> None:
         """Freeze the study in a run directory: study.yaml, search_spaces/ and, last, study.sha256.
@@ -72,6 +75,8 @@ def resolve(path: Path) -> ResolvedStudy:
     problems = [*contradictions, *study_problems(study), *space_problems(study, spaces)]
     study, missing = _with_data_files(study, path.resolve().parent)
     raise_problems(path, [*problems, *missing])
+    if study.properties:
+        study = with_properties(study, path)
     return _resolved(path, study, spaces)
 
 
@@ -144,8 +149,12 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
     del data["engine"], data["resources"]["slots"], data["resources"]["stalled_after_s"]
     if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
         del data["confirm"]["refine"]
-    for workload in data["workloads"]:
-        if workload["init"] is None:  # likewise
+    if not data["properties"]:
+        del data["properties"]
+    for workload in data["workloads"]:  # likewise
+        if "keys" in workload["data"] and workload["data"]["keys"]["config_type"] is None:
+            del workload["data"]["keys"]["config_type"]
+        if workload["init"] is None:
             del workload["init"]
         else:
             del workload["init"]["path"]  # the file is known by its hash

@@ -71,6 +71,9 @@ class ExtxyzKeys(Section):
     energy: str = Field(default="energy", description="total energy, eV")
     forces: str = Field(default="forces", description="forces, eV/Å")
     stress: str = Field(default="stress", description="stress, eV/Å³, positive under tension; ignored where absent")
+    config_type: str | None = Field(
+        default=None, description="what a frame is, a text of its info; errors at the end are told apart by it"
+    )
 
 
 class ExtxyzData(Section):
@@ -349,6 +352,33 @@ class Confirm(Section):
     )
 
 
+class Regime(StrEnum):
+    """What a group of properties is about; the report has a section for each."""
+
+    MOLECULE = "molecule"
+    CRYSTAL = "crystal"
+    LIQUID = "liquid"
+
+
+class ModelProperties(Section):
+    """Physical properties of every model of the confirm stage, computed after training; `docs/properties.md`."""
+
+    regime: Annotated[Regime, Field(strict=False)] = Field(description="section of the report; liquid: interfaces too")
+    workloads: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        default=(), description="whose models are measured; left out, those of all workloads"
+    )
+    properties: dict[Name, dict[str, Any]] = Field(
+        min_length=1, description="entries by a name of yours, each a property with its settings and tolerances"
+    )
+    reference: dict[str, Any] = Field(
+        default_factory=dict, description="what errors are measured against: calculator, forces, values, files"
+    )
+    cpus_per_model: PositiveFloat = Field(default=1.0, description="CPU cores that a model's properties are given")
+    gpus_per_model: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="share of a GPU; 0 computes on the CPU, whatever trained the model"
+    )
+
+
 def _slots(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < INTEGER_LIMIT
     if value != "auto" and not number:
@@ -425,6 +455,9 @@ class Study(Section):
     objective: Objective = Field(default_factory=Objective, description="what selects")
     tune: Tune = Field(default_factory=Tune, description="search")
     confirm: Confirm = Field(default_factory=Confirm, description="reruns that rank")
+    properties: Annotated[tuple[ModelProperties, ...], Field(strict=False)] = Field(
+        default=(), description="physical properties of the confirm stage's models; they never select"
+    )
     resources: Resources = Field(default_factory=Resources, description="what a trial gets")
     engine: Annotated[Engine, Field(strict=False)] = Field(
         default=Engine.AUTO,
