@@ -22,7 +22,7 @@ from nequip.data import AtomicDataDict
 from numpy.typing import NDArray
 
 from tunebench.study.files import replacing
-from tunebench.study.initial import Energies, Initial, NewTypes
+from tunebench.study.initial import Energies, Initial, NewTypes, source_of
 from tunebench.study.record import Split
 from tunebench.study.spec import InWords, Model
 from tunebench.workloads.data import PreparedData, cache_folder, known_hash, load_prepared
@@ -30,7 +30,7 @@ from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.frames import PreparedFrames, prepared_frames
 from tunebench.workloads.models import build_model, model_config
 from tunebench.workloads.statistics import composition, fit_energy_shifts, training_statistics
-from tunebench.workloads.trained_model import TrainedModel, read_trained
+from tunebench.workloads.trained_model import TrainedModel, read_record, read_trained
 from tunebench.workloads.type_rows import Tensors, TypeMap, mapped_tensors
 
 _log = logging.getLogger(__name__)
@@ -145,8 +145,16 @@ def _worked_out(initial: Initial, model: Model, data: PreparedData) -> StartingP
         "energy_rmse_before_ev_per_atom": before,
         "energy_rmse_ev_per_atom": after if initial.energies is Energies.REESTIMATE else before,
         "note": note,
+        "pretrained": _origin(trained.file),
     }
     return _assembled(constants, tensors, about)
+
+
+def _origin(file: Path) -> dict[str, Any] | None:
+    """Of a base model that tunebench has trained: by which study, on which data, how far and how well."""
+    record = read_record(file) if source_of(file.name) == "checkpoint" else None
+    names = ("study", "study_hash", "data_hash", "optimizer", "steps", "errors")
+    return None if record is None else {name: record.get(name) for name in names}
 
 
 def _check_types(initial: Initial, types: TypeMap) -> None:
