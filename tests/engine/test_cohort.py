@@ -25,6 +25,7 @@ from tests.engine.test_lightning import assert_same_state
 from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.engine.cohort import Cohort
+from tunebench.engine.fused import unfuse
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.padding import BatchShape, fits
 from tunebench.engine.resident import resident_frames
@@ -32,11 +33,13 @@ from tunebench.engine.slot_evaluation import SlotEvaluation
 from tunebench.engine.slot_group import SlotGroup
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
 from tunebench.engine.tenant import SlotState
+from tunebench.engine.watchdog import Watchdog
 from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
     Arm,
     ExtxyzData,
+    ExtxyzKeys,
     Family,
     Labels,
     Loss,
@@ -118,6 +121,7 @@ def crystal_trials(folder: Path) -> CrystalTrials:
         train=str(folder / "crystals.xyz"),
         ood={"strained": str(folder / "strained.xyz")},
         frames=SplitFrames(train=13, val=4, test=3, ood=3),
+        keys=ExtxyzKeys(config_type="size"),
     )
     return CrystalTrials(spec, prepare(spec), folder / "runs", cache_folder() / "traces")
 
@@ -127,6 +131,8 @@ def _crystals(number: int, seed: int) -> list[Atoms]:
     frames = []
     for index in range(number):
         frame = bulk("SiC", "zincblende", a=4.36).repeat((2 if index % 3 == 0 else 1, 1, 1))
+        if index % 3 != 1:
+            frame.info["size"] = f"{len(frame)} atoms"
         frame.set_cell(frame.cell @ (np.eye(3) + rng.normal(scale=0.02, size=(3, 3))), scale_atoms=True)
         frame.positions += rng.normal(scale=0.1, size=frame.positions.shape)
         frame.calc = SinglePointCalculator(
@@ -385,6 +391,30 @@ def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_roun
     found = run_cohort(cohort, tasks, stop_the_others)
     assert rows == [4] * 4 + [1] * 4
     assert_same_to_rounding(found[last], uncrowded[-1], 1e-9)
+
+
+def test_whatever_is_traced_in_the_middle_of_training_has_as_much_time_as_the_first_trace(
+    trials: CrystalTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog, tracing = Watchdog(900.0), list[tuple[str, float | None]]()
+
+    def traced(function: Any, *arguments: Any) -> Any:
+        tracing.append((type(function).__name__, watchdog.limit_s))
+        return unfuse(function, *arguments)
+
+    monkeypatch.setattr("tunebench.engine.workload_functions.unfuse", traced)
+    tasks = [trials.task(index=index) for index in range(4)]
+    cohort = Cohort(tasks[0], 4, cache=trials.traces, compiled=False, watchdog=watchdog)
+    limits: list[float | None] = []
+
+    def leave_one_alone(name: str, report: Evaluation) -> None:
+        limits.append(watchdog.limit_s)
+        if name != tasks[-1].key.trial_id:
+            cohort.leave(name, Reason.STOPPED_ASHA)
+
+    run_cohort(cohort, tasks, leave_one_alone)
+    assert tracing == [(name, 3600.0) for name in ("LossGradient", "Evaluate", "LossGradient")], "of four rows, of one"
+    assert set(limits) == {900.0}
 
 
 def test_a_slot_that_diverges_says_so_once_and_its_place_is_taken(trials: CrystalTrials) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from tests.study.test_plan import ASHA, resolved
 from tunebench.study.budget import affordable, arm_sentinels, cap_of, most_device_s
 from tunebench.study.decision import Fate
-from tunebench.study.extension import extend, extended
+from tunebench.study.extension import EXTENSION, extend, extended
+from tunebench.study.lint import lint
 from tunebench.study.plan import ArmPlan, plan_arms
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.sentinels import sentinel_count
 from tunebench.study.spec import StudyError
 from tunebench.study.summary import plan_summary
 from tunebench.tuning.ladder import Ladder
@@ -150,13 +153,89 @@ def test_sentinels_are_the_same_where_no_cap_bites(tmp_path: Path) -> None:
     study = capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
     free = capped(tmp_path, None, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
     arm = arm_of(study)
-    assert arm_sentinels(study.study, arm, {32: 32}) == arm_sentinels(free.study, arm, {})
+    assert arm_sentinels(study, arm, {32: 32}) == arm_sentinels(free, arm)
 
 
 def test_an_extension_adds_as_many_sentinels_to_every_arm_and_takes_none_away(tmp_path: Path) -> None:
-    study = capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"}).study
-    arm = arm_of(capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"}))
+    study = capped(tmp_path, trials_per_arm=32, asha={**ASHA, "sentinels": "auto"})
+    arm = arm_of(study)
     drawn = [arm_sentinels(study, arm, {16: before, 32: after}) for before, after in ((16, 32), (11, 23), (9, 16))]
     assert [len(sentinels) for sentinels in drawn] == [8 + 4] * 3
     for sentinels, before in zip(drawn, (16, 11, 9), strict=True):
         assert {index for index in sentinels if index < before} == arm_sentinels(study, arm, {16: before})
+
+
+WITH_AN_AUDIT = ["adamw", {"name": "audit", "optimizer": "adamw", "budget": 2}, {"name": "lamb", "untuned": True}]
+
+
+def grown(folder: Path, *sizes: int, sentinels: int | str = "auto") -> ResolvedStudy:
+    """A study of an arm, its audit and an untuned arm, without a cap, whose run has grown to so many trials per arm."""
+    tune = {"trials_per_arm": sizes[0], "asha": {**ASHA, "sentinels": sentinels}}
+    study = resolved(folder, optimizers=WITH_AN_AUDIT, tune=tune)
+    for before, after in pairwise(sizes):
+        extend(study, folder, after - before)
+    return extended(study, folder)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(100, 200), (60, 64, 300), (8, 9, 10, 11, 80), (4, 40), (2, 50)],
+    ids=lambda sizes: "-".join(map(str, sizes)),
+)
+def test_at_any_time_an_extended_arm_has_its_share_of_sentinels(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    before: frozenset[int] = frozenset()
+    for count in range(1, len(sizes) + 1):
+        study = grown(tmp_path, *sizes[:count])
+        found = arm_sentinels(study, arm_of(study))
+        assert len(found) >= sentinel_count(study.study.tune.asha, sizes[0])
+        assert 0.15 * sizes[count - 1] <= len(found) <= sizes[count - 1]
+        size_before = sizes[count - 2] if count > 1 else 0
+        assert {index for index in found if index < size_before} == before, "who had begun is not drawn later"
+        before = found
+        (tmp_path / EXTENSION).unlink(missing_ok=True)
+
+
+def test_an_audit_has_the_sentinels_of_its_arm_and_as_many_further_ones_of_its_own(tmp_path: Path) -> None:
+    study = grown(tmp_path, 20)
+    arm, audit, untuned = plan_arms(study)
+    assert arm_sentinels(study, audit) == arm_sentinels(study, arm)
+    assert arm_sentinels(study, untuned) == arm_sentinels(study, arm) & {0}
+    longer = grown(tmp_path, 20, 60)
+    arm, longer_audit, _ = plan_arms(longer)
+    further = arm_sentinels(longer, longer_audit) - arm_sentinels(study, audit)
+    assert len(arm_sentinels(longer, longer_audit)) == len(arm_sentinels(longer, arm)) == 8 + 6
+    assert further <= set(range(40, 120)), "among those that the extension gave it"
+    assert max(further) >= 60, "not among those of the other arm alone"
+
+
+def test_a_capped_audit_has_no_more_sentinels_than_its_arm(tmp_path: Path) -> None:
+    tune = {"trials_per_arm": 100, "asha": {**ASHA, "sentinels": "auto"}, "device_seconds_per_arm": 1e6}
+    study = resolved(tmp_path, optimizers=WITH_AN_AUDIT, tune=tune)
+    arm, audit, _ = plan_arms(study)
+    assert arm_sentinels(study, audit, {200: 200}) == arm_sentinels(study, arm, {100: 100})
+    assert len(arm_sentinels(study, audit, {200: 108})) == len(arm_sentinels(study, arm, {100: 54}))
+    assert arm_sentinels(study, audit, {200: 108}) <= set(range(54))
+
+
+def test_the_plan_of_an_extended_run_counts_its_true_sentinels(tmp_path: Path) -> None:
+    asha = {**ASHA, "sentinels": "auto"}
+    study = grown(tmp_path, 16, 32)
+    assert [row["sentinels"] for row in plan_summary(study)["arms"]] == [
+        12,
+        12,
+        len(arm_sentinels(study, plan_arms(study)[2])),
+    ]
+    assert next(each for each in lint(study) if each.rule == "F13").reason.startswith("12 of 32 trials")
+    (tmp_path / EXTENSION).unlink()
+    start = capped(tmp_path, 400.0, trials_per_arm=16, asha=asha)
+    extend(start, tmp_path, 16)
+    afforded = {"ethanol/adamw": {16: 16, 32: 32}, "ethanol/schedule_free": {16: 11, 32: 23}}
+    rows = plan_summary(extended(start, tmp_path), {"ethanol/schedule_free": 1e-9}, None, afforded)["arms"]
+    assert [(row["trials"], row["sentinels"]) for row in rows] == [(32, 12), (23, 12)]
+
+
+def test_an_untuned_arm_beside_arms_of_one_trial_stays_as_it_is_when_they_grow(tmp_path: Path) -> None:
+    tune = {"trials_per_arm": 1, "asha": {**ASHA, "sentinels": "auto"}}
+    study = resolved(tmp_path, optimizers=WITH_AN_AUDIT, tune=tune, confirm={"top_k": 1, "seeds": 5})
+    extend(study, tmp_path, 9)
+    assert [len(arm_sentinels(extended(study, tmp_path), arm)) for arm in plan_arms(extended(study, tmp_path))][2] == 1

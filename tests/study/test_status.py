@@ -8,6 +8,7 @@ import pytest
 from tunebench.cli import run_command
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
+from tunebench.study.notice import NOTICE, posting, take_down
 from tunebench.study.record import Reason, Stage, TrialKey
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.status import explain_trial, run_status
@@ -155,3 +156,19 @@ def test_status_and_explain_tell_how_often_the_rungs_of_an_arm_were_wrong(tmp_pa
     last = explain_trial(tmp_path, key(3).trial_id)["text"].splitlines()[-1]
     assert last == "false stops of its arm: 1 of 2 sentinels, 1 to 99 % with 95 % confidence"
     assert run_command(["status", str(tmp_path)]) == 0
+
+
+def test_what_the_driver_waits_for_is_told_until_it_is_over(tmp_path: Path, journal: JournalWriter) -> None:
+    assert run_status(tmp_path)["notice"] == ""
+    with posting(tmp_path) as post:
+        for line in ("waiting for a free device", "measuring"):
+            post(line)
+            assert run_status(tmp_path)["notice"] == line
+    assert run_status(tmp_path)["notice"] == ""
+
+
+def test_what_a_killed_driver_had_posted_is_taken_down(tmp_path: Path, journal: JournalWriter) -> None:
+    (tmp_path / NOTICE).write_text("waiting for a free device\n")
+    take_down(tmp_path)
+    take_down(tmp_path)
+    assert run_status(tmp_path)["notice"] == ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +27,13 @@ from tunebench.engine.graphs import Lanes, Replayed, release_memory, synchronize
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits
 from tunebench.engine.refinement import add_refinement
-from tunebench.engine.slot_evaluation import SlotEvaluation
+from tunebench.engine.slot_evaluation import Measured, SlotEvaluation
 from tunebench.engine.slot_group import Flat
 from tunebench.engine.slot_groups import SlotGroups
 from tunebench.engine.slot_rows import Place, SlotRows
-from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.engine.tenant import ModuleShelf, SlotState, Tenant
+from tunebench.engine.watchdog import Watchdog
 from tunebench.engine.workload_functions import WorkloadFunctions
 from tunebench.optim.clipping import clip_by_global_norm
 from tunebench.optim.packing import Tensors
@@ -66,7 +67,7 @@ class Cohort:
         compiled: compile the step with Inductor where it agrees with the plain graph and is faster; None does so where
             the horizon is long enough to pay for it.
         exact: compute no more rows than the power of two that covers the trials, for timing.
-        beat: called after every step and every batch of an evaluation.
+        watchdog: is told of every step and every batch of an evaluation, and before whatever is traced or compiled.
 
     Raises:
         Untraceable: the model cannot be written as a function of its weights.
@@ -81,18 +82,20 @@ class Cohort:
         cache: Path | None = None,
         compiled: bool | None = None,
         exact: bool = False,
-        beat: Callable[[], None] = lambda: None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         set_global_state()
         torch.backends.cuda.matmul.allow_tf32 = False  # batched products would be off by 1e-2
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
-        self._exact, self._beat = exact, beat
+        self._exact, self._watchdog = exact, watchdog or Watchdog()
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
         model = self._shelf.module(task, training_module(task))[0].model
-        self._functions = WorkloadFunctions(task, model, cache, compiled=self._compiled)
-        self._evaluation = SlotEvaluation(self._functions, min(_EVALUATED_AT_ONCE[task.device], slots), beat)
+        self._functions = WorkloadFunctions(task, model, cache, compiled=self._compiled, prepare=self._watchdog.prepare)
+        self._evaluation = SlotEvaluation(
+            self._functions, min(_EVALUATED_AT_ONCE[task.device], slots), self._watchdog.beat
+        )
         self._places: dict[str, Place] = {}
         self._parked: list[_Parked] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -317,17 +320,17 @@ class Cohort:
             if places and not shortage:
                 made, shortage = self._step_together(places, shape)
                 stepped += made
-                self._beat()
+                self._watchdog.beat()
         return stepped, shortage
 
     def _step_together(self, places: Sequence[Place], shape: BatchShape) -> tuple[list[Place], str]:
         rows = self._rows
         bucket = self._bucket()
         self._gather_below(bucket)
-        rows.set_stepping([place.slot for place in places])
-        for group in self._groups:
-            group.set_stepping([place.slot for place in places])
         steps = {place.slot: place.step + 1 for place in places}
+        rows.set_stepping(steps)
+        for group in self._groups:
+            group.set_stepping(steps)
         moved: set[int] = set()
         shortage = ""
         try:
@@ -343,7 +346,7 @@ class Cohort:
         finally:
             self._lanes.join()
         if shortage:
-            rows.set_stepping(list(moved))  # the others make this step once there is room
+            rows.set_stepping(moved)  # the others make this step once there is room
         stepped = [place for place in places if place.slot in moved]
         if stepped:
             self._finish()
@@ -441,25 +444,34 @@ class Cohort:
             return []
         self._book_time()
         try:
-            errors = self._evaluation.errors(due, self._rows, self._groups)
+            measured = self._evaluation.measured(due, self._rows, self._groups)
         except torch.OutOfMemoryError as error:
             return [self._ended(place, Reason.OOM, _first_line(error)) for place in due]
-        self._write(due, errors)
+        self._write(due, measured)
         self._since = self._now()  # nobody pays for an evaluation or a refinement in training time
         reports = [self._reported(place) for place in due]
         self._since = self._now()
         return reports
 
-    def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:
+    def _write(self, due: Sequence[Place], measured: Sequence[Measured]) -> None:
         """Judge evaluations and write those that must be, several files at once: each waits for the disk."""
         writes = []
         losses = self._rows.take_mean_losses([place.slot for place in due])
-        for place, found, loss in zip(due, errors, losses, strict=True):
+        for place, found, loss in zip(due, measured, losses, strict=True):
             tenant = place.tenant
             rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
             weights_of = partial(self._weights_of, tenant)
-            refinement = add_refinement(tenant.task, place.step, found, tenant.model, weights_of, self._beat)
-            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate, refinement=refinement)
+            refinement = add_refinement(
+                tenant.task, place.step, found.errors, found.parts, tenant.model, weights_of, self._watchdog.beat
+            )
+            last = tenant.book.judged(
+                place.step,
+                found.errors,
+                train_loss=loss,
+                learning_rate=rate,
+                refinement=refinement,
+                parts=found.parts,
+            )
             if not tenant.book.is_due:
                 continue
             saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None

@@ -19,6 +19,7 @@ import torch
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.graphs import release_memory
 from tunebench.engine.task import TrialTask
+from tunebench.engine.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +52,13 @@ class SlotTiming:
         return self.slots / self.step_s
 
 
-def automatic_slots(task: TrialTask, most: int = 64) -> int:
+def automatic_slots(task: TrialTask, most: int = 64, watchdog: Watchdog | None = None) -> int:
     """Slots for a workload on this device: where doubling stops paying, or memory or `most` ends it.
 
     Args:
         task: any trial of the workload.
         most: more are not wanted.
+        watchdog: as for `Cohort`.
 
     Raises:
         Untraceable: the model cannot be written as a function of its weights.
@@ -64,7 +66,7 @@ def automatic_slots(task: TrialTask, most: int = 64) -> int:
         torch.OutOfMemoryError: not even one slot fits.
     """
     with TemporaryDirectory(prefix="tunebench-slots-") as folder:
-        measured = measure_slots(_measured_task(task, Path(folder)), most, _worth_doubling)
+        measured = measure_slots(_measured_task(task, Path(folder)), most, _worth_doubling, watchdog)
     best = chosen(measured)
     line = ", ".join(f"{timing.slots}: {timing.throughput:.0f}/s" for timing in measured)
     _log.info("%s: trial-steps by slots %s; taking %d", task.workload.name, line, best)
@@ -78,14 +80,17 @@ def chosen(measured: list[SlotTiming]) -> int:
 
 
 def measure_slots(
-    task: TrialTask, most: int, go_on: Callable[[list[SlotTiming], torch.device], bool]
+    task: TrialTask,
+    most: int,
+    go_on: Callable[[list[SlotTiming], torch.device], bool],
+    watchdog: Watchdog | None = None,
 ) -> list[SlotTiming]:
     """Time steps with 1, 2, 4, ... slots until `go_on` says no, memory runs out or `most` is reached.
 
     Raises:
         torch.OutOfMemoryError: not even one slot fits.
     """
-    cohort = Cohort(task, 1 << (most.bit_length() - 1), compiled=False, exact=True)
+    cohort = Cohort(task, 1 << (most.bit_length() - 1), compiled=False, exact=True, watchdog=watchdog)
     measured: list[SlotTiming] = []
     try:
         while not measured or (2 * measured[-1].slots <= cohort.slots and go_on(measured, cohort.device)):

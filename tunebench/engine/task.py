@@ -117,6 +117,11 @@ class TrialTask:
             return ()
         return tuple(name for name in self.data.splits if name not in ("train", "val"))
 
+    @property
+    def weighs_stress(self) -> bool:
+        """Whether errors of the stress are measured: where the data have one and the study weighs it."""
+        return self.data.has_stress and (self.workload.loss.stress > 0 or self.objective.stress > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:

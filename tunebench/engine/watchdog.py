@@ -25,8 +25,8 @@ _ARM_EVERY_S = 1.0  # arming starts a thread, which a step of some milliseconds 
 class Watchdog:
     """Looks after one process; it rests until the first sign of life.
 
-    The limit is the larger of `limit_s` and 100 times the median time between two signs of life. It is four times
-    `limit_s` before the second step: the first one traces and compiles, and tells nothing of the others.
+    The limit is the larger of `limit_s` and 100 times the median time between two signs of life. After each `prepare`
+    it is four times `limit_s` until the second step: the first traces and compiles, and tells nothing of the others.
 
     Args:
         limit_s: seconds; None never ends anything.
@@ -67,7 +67,7 @@ class Watchdog:
         return max(self._limit_s, _STEPS * statistics.median(self._between_s))
 
     def prepare(self) -> None:
-        """Other steps than those seen so far are to come, and something long before them."""
+        """Other steps than those seen so far are to come, and something long before them, such as a trace."""
         self._between_s.clear()
         self._first_is_over = False
         self.rest()

@@ -11,6 +11,7 @@ import torch
 from torch.func import vmap
 
 from tunebench.engine.batches import task_frames
+from tunebench.engine.error_parts import SplitParts
 from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_model
 from tunebench.engine.fused import Evaluate, LossGradient, SlotFunction, quickest, unfuse
 from tunebench.engine.loss import LossWeights
@@ -33,16 +34,25 @@ class WorkloadFunctions:
         model: a model of the workload on the CPU; it visits the device to be traced.
         cache: folder for traces and compiled graphs; None keeps none.
         compiled: compile the functions with Inductor where they agree with the plain graphs and are faster.
+        prepare: called before whatever is traced or compiled, which may take a thousand steps' time.
 
     Attributes:
         padding: shapes of the training batches and what they waste.
         has_stress: stresses are trained or judged.
     """
 
-    def __init__(self, task: TrialTask, model: torch.nn.Module, cache: Path | None, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        task: TrialTask,
+        model: torch.nn.Module,
+        cache: Path | None,
+        *,
+        compiled: bool,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
         self.workload, self.device, self.model = task.workload, torch.device(task.device), model
-        self.has_stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
-        self._task, self._cache, self._compiled = task, cache, compiled
+        self.has_stress = task.weighs_stress
+        self._task, self._cache, self._compiled, self._prepare = task, cache, compiled, prepare
         self._frames: dict[str, ResidentFrames] = {}
         self._batches: dict[str, StaticBatches] = {}
         self._models: dict[BatchShape, FunctionalModel] = {}
@@ -63,6 +73,10 @@ class WorkloadFunctions:
             size = self.workload.evaluation_batch_size
             self._batches[split] = static_batches(self.frames(split), size, masked=False)
         return self._batches[split]
+
+    def parts(self, split: str) -> SplitParts:
+        """How a split falls into parts."""
+        return SplitParts.of(self._task.data, split, stress=self.has_stress)
 
     def slot_constants(self) -> Tensors:
         """What the model reads beside its weights and may differ between trials, as one trial has it.
@@ -123,6 +137,7 @@ class WorkloadFunctions:
         return {key: batch[key] for key in keys}
 
     def _called(self, function: SlotFunction, example: tuple[Tensors, Tensors, Tensors], *, compiled: bool) -> Called:
+        self._prepare()
         return (quickest if compiled else unfuse)(function, example, self._cache)
 
     def _model(self, shape: BatchShape) -> FunctionalModel:
@@ -133,6 +148,7 @@ class WorkloadFunctions:
 
     def _traced(self, example: Mapping[str, torch.Tensor]) -> FunctionalModel:
         outputs = OUTPUTS if self.has_stress else OUTPUTS[:2]
+        self._prepare()
         model = self.model.to(self.device)
         try:
             return functional_model(model, example, outputs, self._cache)

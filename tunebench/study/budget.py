@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tunebench.study.plan import ArmPlan, legs, promoted
-from tunebench.study.sentinels import capped_sentinels, sentinel_configurations
-from tunebench.study.spec import Asha, Study, Tune
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.sentinels import grown_sentinels, sentinel_configurations
+from tunebench.study.spec import Asha, Tune
 
 
 def cap_of(arm: ArmPlan, tune: Tune) -> float | None:
@@ -79,18 +80,21 @@ def affordable(
     return next(fits, max(decided, default=0))
 
 
-def arm_sentinels(study: Study, arm: ArmPlan, counts: Mapping[int, int]) -> frozenset[int]:
+def arm_sentinels(resolved: ResolvedStudy, arm: ArmPlan, sizes: Mapping[int, int] | None = None) -> frozenset[int]:
     """Indices of an arm's sentinels, by the same rule for every arm, and the same ones where no cap bites.
 
+    An untuned arm has one trial, which no rung can stop; it is a sentinel where the first trial of the others is.
+
     Args:
-        study: with its extension.
+        resolved: the study with its extensions.
         arm: the arm.
-        counts: where there is a cap, configurations of the arm by those it would have without one, at the start and
-            after each extension.
+        sizes: where there is a cap, configurations of the arm by those it would have without one, at the start and
+            after each extension; None where there is none.
     """
-    tune, workload = study.tune, arm.workload.name
-    if tune.device_seconds_per_arm is None:
-        drawn = sentinel_configurations(tune.asha, tune.trials_per_arm, study.seed, workload)
-        return frozenset(index for index in drawn if index < arm.trials)
-    budget = max(arm.trials // tune.trials_per_arm, 1)  # of an audit, which has the sentinels of the arm it audits
-    return capped_sentinels(tune.asha, {all_ // budget: has for all_, has in counts.items()}, study.seed, workload)
+    study, per_arm = resolved.study, (*resolved.earlier_trials_per_arm, resolved.study.tune.trials_per_arm)
+    asha, seed, workload = study.tune.asha, study.seed, arm.workload.name
+    if arm.trials < per_arm[-1]:
+        return sentinel_configurations(asha, per_arm[0], seed, workload) & frozenset(range(arm.trials))
+    budget = arm.trials // per_arm[-1]
+    uncapped = {budget * trials: budget * trials for trials in per_arm}
+    return grown_sentinels(asha, uncapped if sizes is None else sizes, seed, workload, budget=budget)

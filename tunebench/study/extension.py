@@ -29,10 +29,12 @@ class Extension:
 
     Attributes:
         trials_per_arm: configurations of every arm, those of the study included.
+        earlier: what that was at the start and before each later extension, ascending.
         widened: ranges that are wider than those of the study.
     """
 
     trials_per_arm: int
+    earlier: tuple[int, ...]
     widened: Ranges
 
 
@@ -50,7 +52,8 @@ def extended(resolved: ResolvedStudy, run: Path) -> ResolvedStudy:
     longer = None if cap is None else cap * extension.trials_per_arm / own.trials_per_arm
     tune = own.model_copy(update={"trials_per_arm": extension.trials_per_arm, "device_seconds_per_arm": longer})
     spaces = {name: _widened(space, extension.widened.get(name, {})) for name, space in resolved.spaces.items()}
-    return replace(resolved, study=resolved.study.model_copy(update={"tune": tune}), spaces=spaces)
+    study = resolved.study.model_copy(update={"tune": tune})
+    return replace(resolved, study=study, spaces=spaces, earlier_trials_per_arm=extension.earlier)
 
 
 def read_extension(resolved: ResolvedStudy, run: Path) -> Extension:
@@ -61,15 +64,19 @@ def read_extension(resolved: ResolvedStudy, run: Path) -> Extension:
     """
     file, least = run / EXTENSION, resolved.study.tune.trials_per_arm
     if not file.is_file():
-        return Extension(trials_per_arm=least, widened={})
+        return Extension(trials_per_arm=least, earlier=resolved.earlier_trials_per_arm, widened={})
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         trials, widened = content["trials_per_arm"], _ranges(content.get("widened", {}), resolved.spaces)
+        earlier = tuple(content.get("earlier", [(*resolved.earlier_trials_per_arm, least)[0]]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: found {error}, allowed: trials_per_arm, an integer of at least {least}") from None
     if not isinstance(trials, int) or trials < least:
         raise RunError(f"{file}: trials_per_arm: found {trials!r}, allowed: an integer of at least {least}")
-    return Extension(trials_per_arm=trials, widened=widened)
+    numbers = all(isinstance(each, int) for each in earlier)
+    if not earlier or not numbers or sorted({*earlier, trials}) != [*earlier, trials]:
+        raise RunError(f"{file}: earlier: found {list(earlier)!r}, allowed: ascending integers below {trials}")
+    return Extension(trials_per_arm=trials, earlier=earlier, widened=widened)
 
 
 def extend(resolved: ResolvedStudy, run: Path, more: int, widenings: Sequence[Widening] = ()) -> None:
@@ -85,7 +92,8 @@ def extend(resolved: ResolvedStudy, run: Path, more: int, widenings: Sequence[Wi
     widened = {name: dict(ranges) for name, ranges in before.widened.items()}
     for each in widenings:
         widened.setdefault(each.optimizer, {})[each.parameter] = (each.low, each.high)
-    after = Extension(trials_per_arm=before.trials_per_arm + more, widened=widened)
+    trials = before.trials_per_arm
+    after = Extension(trials_per_arm=trials + more, earlier=(*before.earlier, trials), widened=widened)
     try:
         with replacing(run / EXTENSION) as partial:
             partial.write_text(json.dumps(asdict(after)) + "\n", encoding="utf-8")

@@ -14,10 +14,11 @@ from enum import StrEnum
 from itertools import combinations
 from typing import Any
 
+from tunebench.study.budget import arm_sentinels
 from tunebench.study.plan import ArmPlan, plan_arms, tune_steps
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import FloatParameter, Role
-from tunebench.study.sentinels import FEWEST, SMALLEST_SHARE, sentinel_count
+from tunebench.study.sentinels import FEWEST, SMALLEST_SHARE
 from tunebench.study.spec import AshaForm, AshaOrder, Fidelity, InWords, Sampler, ScheduleKind, StudyError
 
 _CONFIRMED, _SEEDS, _LARGEST_FACTOR = 3, 5, 3  # rules F11 and F12
@@ -257,7 +258,8 @@ def _sentinels(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     tune = resolved.study.tune
     if tune.asha is None or not any(arm.rungs for arm in arms):
         return _PASS, "nothing is stopped", ""
-    count, wanted = sentinel_count(tune.asha, tune.trials_per_arm), math.ceil(SMALLEST_SHARE * tune.trials_per_arm)
+    count = len(arm_sentinels(resolved, max(arms, key=lambda arm: arm.trials)))  # an audit has no more than the others
+    wanted = math.ceil(SMALLEST_SHARE * tune.trials_per_arm)
     if count < max(wanted, FEWEST):
         reason = f"{count} sentinels of {tune.trials_per_arm} trials: how often ASHA errs stays unknown"
         return _WARN, reason, f"tune.asha.sentinels: auto, with {FEWEST} trials per arm or more"

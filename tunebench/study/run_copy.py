@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tunebench.study.errors import RunError, RunStopped
 from tunebench.study.files import replacing
-from tunebench.study.record import CHECKPOINTS, JOURNAL, SEARCH_SPACES, STUDY_HASH, TENSORBOARD, Stage
+from tunebench.study.record import CHECKPOINTS, JOURNAL, PROPERTIES, SEARCH_SPACES, STUDY_HASH, TENSORBOARD, Stage
 from tunebench.study.storage import Storage, StorageError
 
 ADDRESS = "storage"
@@ -122,8 +122,10 @@ class RunCopy:
         run = self._run
         found = [*run.iterdir(), *(run / TENSORBOARD).glob("events.*")]
         found += [file for folder in _OWN_FOLDERS for file in (run / folder).rglob("*")]
+        found = [file for file in found if not any(mark in file.name for mark in _OF_TRIALS)]
+        found += (run / PROPERTIES).glob("*")  # which are of trials, and made on the driver's node
         names = [file.relative_to(run).as_posix() for file in found if file.is_file() and file.name not in _NOT_OWN]
-        own = [n for n in names if not n.endswith(".partial") and not any(mark in n for mark in _OF_TRIALS)]
+        own = [name for name in names if not name.endswith(".partial")]
         return sorted(own, key=lambda name: (name == JOURNAL, name))
 
 

@@ -35,25 +35,33 @@ def sentinel_configurations(asha: Asha | None, trials: int, root: int, workload:
     return frozenset(order[: sentinel_count(asha, trials)])
 
 
-def capped_sentinels(asha: Asha | None, counts: Mapping[int, int], root: int, workload: str) -> frozenset[int]:
-    """Indices of the sentinels of an arm that has fewer configurations than its study says.
+def grown_sentinels(
+    asha: Asha | None, sizes: Mapping[int, int], root: int, workload: str, *, budget: int = 1
+) -> frozenset[int]:
+    """Indices of the sentinels of an arm that a cap cut short, or that was extended, or both.
 
-    The arm has as many as an arm of a study with so few configurations would have, drawn among its own: all those of
-    the full study would leave a dear arm nothing to search. Each extension adds sentinels for its share of all
-    configurations.
+    At its start an arm has as many as an arm of a study with so few configurations would have, drawn among its own: all
+    those of the full study would leave a dear arm nothing to search. Each extension adds sentinels for its share of all
+    configurations, drawn among the new ones. So an arm has its share of sentinels at any time, and who was drawn stays
+    one. An audit starts with the sentinels of the arm that it audits, and each extension gives it as many as that.
 
     Args:
         asha: how the study stops; None has no sentinels.
-        counts: configurations of the arm by those of an arm without a cap, at the start and after each extension.
+        sizes: configurations of the arm by those that it would have without a cap, at the start and after each
+            extension.
         root: the study's seed; the draw has the named seed ``sentinels``.
         workload: its name.
+        budget: how many times the configurations of another arm an audit has.
     """
     found: set[int] = set()
     wanted_before = has_before = 0
-    for wanted, has in sorted(counts.items()):
+    for wanted, has in sorted(sizes.items()):
+        if has_before:
+            new = [index for index in _order(wanted, root, workload) if has_before <= index < has]
+        else:
+            new = [index for index in _order(wanted // budget, root, workload) if index < has // budget]
         share = (wanted - wanted_before) / wanted
-        new = [index for index in _order(wanted, root, workload) if has_before <= index < has]
-        found.update(new[: math.ceil(share * sentinel_count(asha, has))])
+        found.update(new[: math.ceil(share * sentinel_count(asha, has // budget))])
         wanted_before, has_before = wanted, has
     return frozenset(found)
 

@@ -1,4 +1,4 @@
-"""What a run has done so far, told from its journal alone."""
+"""What a run has done so far, told from its journal, and from what its driver has posted, without touching Ray."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tunebench.study.control import asked
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import false_stops
 from tunebench.study.journal import read_trials
+from tunebench.study.notice import posted
 from tunebench.study.record import Reason, Stage, TrialRecord
 
 _GOOD = (Reason.FINISHED, Reason.STOPPED_ASHA)
@@ -30,6 +31,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "run": str(run),
         "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
         "asked": asked(run).value,
+        "notice": posted(run),
         "trials": len(trials),
         "device_s": sum(trial.ledger.get("device_s", 0.0) for trial in trials),
         "arms": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,13 +11,19 @@ from typing import Any
 from tunebench.study.budget import affordable, arm_sentinels, cap_of
 from tunebench.study.plan import ArmPlan, plan_arms, survivors, tune_steps
 from tunebench.study.resolve import ResolvedStudy
-from tunebench.study.spec import Sampler
+from tunebench.study.spec import Refinement, Sampler, Workload
+
+_EVALUATIONS_PER_ITERATION = 1.1
+"""Of the full-batch loss, line search included: 42 to 45 in 40 iterations, docs/curvature.md."""
 
 
 def plan_summary(
     resolved: ResolvedStudy,
     step_seconds: Mapping[str, float] | None = None,
     engines: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    afforded: Mapping[str, Mapping[int, int]] | None = None,
+    training_frames: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
 
@@ -24,12 +31,24 @@ def plan_summary(
         resolved: the study.
         step_seconds: measured seconds of one training step by arm name, alone on its device.
         engines: ``{engine, slots, reason}`` by workload name, where it is known.
+        afforded: of a run under a cap, what its journal says that each arm's device-seconds pay for, by the number of
+            configurations wanted (`read_afforded`).
+        training_frames: frames of the training split by workload name, over all of which a refinement runs; where they
+            are not known, neither is what a refinement costs.
     """
+    frames = training_frames or {}
     rows = [
-        _row(resolved, arm, (step_seconds or {}).get(arm.name)) | _engine(engines or {}, arm)
+        _row(
+            resolved,
+            arm,
+            (step_seconds or {}).get(arm.name),
+            (afforded or {}).get(arm.name, {}),
+            frames.get(arm.workload.name),
+        )
+        | _engine(engines or {}, arm)
         for arm in plan_arms(resolved)
     ]
-    costs = ("expected_tune_device_s", "expected_confirm_device_s", "expected_device_s")
+    costs = (*(f"expected_{part}_device_s" for part in ("tune", "confirm", "refine")), "expected_device_s")
     return {
         "study": resolved.study.name,
         "hash": resolved.hash,
@@ -40,11 +59,13 @@ def plan_summary(
     }
 
 
-def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dict[str, Any]:
+def _row(
+    resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None, afforded: Mapping[int, int], frames: int | None
+) -> dict[str, Any]:
     """One arm; under a cap it has as many trials as that pays for if all of them take the measured step."""
     study, horizon = resolved.study, planned.workload.max_steps
-    arm = _within_cap(resolved, planned, step_s)
-    sentinels = len(_sentinels(resolved, planned, arm.trials))
+    arm = _within_cap(resolved, planned, step_s, afforded)
+    sentinels = len(_sentinels(resolved, planned, afforded, arm.trials))
     asha = study.tune.asha and study.tune.asha.model_copy(update={"sentinels": sentinels})
     tune = study.tune.model_copy(update={"trials_per_arm": arm.trials, "asha": asha})
     fewest = min(study.confirm.top_k, arm.trials)
@@ -52,7 +73,9 @@ def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dic
     steps = {
         "tune": tune_steps(tune, arm.rungs, horizon, fewest, arm.fidelity),
         "confirm": confirm_trials * horizon,
+        "refine": _refinement_steps(study.confirm.refine, planned.workload, confirm_trials, frames),
     }
+    seconds = {part: None if step_s is None or count is None else step_s * count for part, count in steps.items()}
     return {
         "arm": arm.name,
         "trials": arm.trials,
@@ -67,25 +90,37 @@ def _row(resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None) -> dic
         "parameters": sorted(arm.space.parameters),
         "expected_tune_steps": steps["tune"],
         "expected_confirm_steps": steps["confirm"],
+        "expected_refine_steps": steps["refine"],
         "step_s": step_s,
-        "expected_tune_device_s": None if step_s is None else step_s * steps["tune"],
-        "expected_confirm_device_s": None if step_s is None else step_s * steps["confirm"],
-        "expected_device_s": None if step_s is None else step_s * sum(steps.values()),
+        **{f"expected_{part}_device_s": known for part, known in seconds.items()},
+        "expected_device_s": _sum_known(seconds.values()),
     }
 
 
-def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None) -> ArmPlan:
+def _refinement_steps(how: Refinement | None, workload: Workload, trials: int, frames: int | None) -> int | None:
+    """Training steps that see as many frames as the refinements do where none ends early; None where not known."""
+    if how is None:
+        return 0
+    evaluations = 1 + math.ceil(_EVALUATIONS_PER_ITERATION * how.steps)
+    return None if frames is None else trials * math.ceil(evaluations * frames / workload.batch_size)
+
+
+def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None, afforded: Mapping[int, int]) -> ArmPlan:
     tune, cap = resolved.study.tune, cap_of(arm, resolved.study.tune)
+    if arm.trials in afforded:  # decided, whatever a step takes now
+        return replace(arm, trials=afforded[arm.trials])
     if cap is None or step_s is None:
         return arm
     times, fewest = [step_s] * arm.trials, resolved.study.confirm.top_k
-    drawn = partial(_sentinels, resolved, arm)
-    return replace(arm, trials=affordable(arm, tune.asha, times, drawn, fewest, cap))
+    drawn = partial(_sentinels, resolved, arm, afforded)
+    return replace(arm, trials=affordable(arm, tune.asha, times, drawn, fewest, cap, afforded.values()))
 
 
-def _sentinels(resolved: ResolvedStudy, arm: ArmPlan, trials: int) -> frozenset[int]:
-    """The sentinels of an arm that has so many trials at its start."""
-    return arm_sentinels(resolved.study, arm, {arm.trials: trials})
+def _sentinels(resolved: ResolvedStudy, arm: ArmPlan, afforded: Mapping[int, int], trials: int) -> frozenset[int]:
+    """The sentinels of an arm that has so many trials."""
+    if resolved.study.tune.device_seconds_per_arm is None:
+        return arm_sentinels(resolved, arm)
+    return arm_sentinels(resolved, arm, {**afforded, arm.trials: trials})
 
 
 def _engine(engines: Mapping[str, Mapping[str, Any]], arm: ArmPlan) -> dict[str, Any]:

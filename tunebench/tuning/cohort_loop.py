@@ -153,8 +153,8 @@ class CohortLoop:
         self._cohort = None
         self._stretch_s = None
         self._watchdog.prepare()
-        slots = slots or automatic_slots(task, most=max(min(most, _MOST_SLOTS), 1))
-        self._cohort = Cohort(task, slots, cache=cache, beat=self._watchdog.beat)
+        slots = slots or automatic_slots(task, max(min(most, _MOST_SLOTS), 1), self._watchdog)
+        self._cohort = Cohort(task, slots, cache=cache, watchdog=self._watchdog)
         return slots
 
     def expect(self, trials: int) -> None:

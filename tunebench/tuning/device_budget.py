@@ -58,7 +58,7 @@ def budgets(
         StudyError: the cap does not pay for the configurations that an arm is to confirm.
     """
     if resolved.study.tune.device_seconds_per_arm is None:
-        return {arm.name: Budget(count=arm.trials, sentinels=arm_sentinels(resolved.study, arm, {})) for arm in arms}
+        return {arm.name: Budget(count=arm.trials, sentinels=arm_sentinels(resolved, arm)) for arm in arms}
     before = {arm.name: journal.afforded_before(arm.name, arm.trials) for arm in arms}
     found = {arm.name: journal.afforded(arm.name, arm.trials) for arm in arms}
     open_arms = [arm for arm in arms if found[arm.name] is None]
@@ -70,7 +70,7 @@ def budgets(
     given = {
         arm.name: Budget(
             count=counts[arm.name],
-            sentinels=arm_sentinels(resolved.study, arm, before[arm.name] | {arm.trials: counts[arm.name]}),
+            sentinels=arm_sentinels(resolved, arm, before[arm.name] | {arm.trials: counts[arm.name]}),
         )
         for arm in arms
     }
@@ -93,7 +93,7 @@ def _afforded(resolved: ResolvedStudy, arm: ArmPlan, step_s: Sequence[float], be
     assert cap is not None
 
     def sentinels(count: int) -> frozenset[int]:
-        return arm_sentinels(resolved.study, arm, {**before, arm.trials: count})
+        return arm_sentinels(resolved, arm, {**before, arm.trials: count})
 
     count = affordable(arm, tune.asha, step_s, sentinels, fewest, cap, before.values())
     needed = min(fewest, arm.trials)

@@ -100,6 +100,12 @@ class PoolClient:
         if self.actor is not None:
             self.actor.vacate.remote(trial, visit)
 
+    def close(self) -> None:
+        """End the pool and its cohorts, whose devices are free then; the next trials for it start another."""
+        if self.actor is not None:
+            ray.kill(self.actor)  # its cohorts belong to it, and end with it
+            self.actor = None
+
     def _started(self) -> Handle:
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}

@@ -1,4 +1,4 @@
-"""Runs a study, or goes on with it: prepare, tune, select, confirm.
+"""Runs a study, or goes on with it: prepare, tune, select, confirm, and compute properties of what came out.
 
 The journal decides what is left to do, so a first start, a second start and a start after a kill are one code path.
 """
@@ -16,12 +16,14 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
+from tunebench.properties.registry import check_installed
 from tunebench.study.edges import widenings
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.extension import extend, extended
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.lint import refuse_unfair
+from tunebench.study.notice import take_down
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
@@ -73,11 +75,14 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
 
     Raises:
         StudyError: the data contradict the study, or it breaks a rule of a fair comparison that it does not waive.
-        RunError: the run directory belongs to another study or other data, is in use, or has no room.
+        RunError: the run directory belongs to another study or other data, is in use, or has no room; a library that
+            the study's properties need is not installed.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
+    if resolved.study.properties:
+        check_installed()  # before hours of training, not after them
     storage = named_storage(options.run, options.storage)
     begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
     if not begun:  # later its ranges may be wider than fair ones are at the start
@@ -96,7 +101,8 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         with leaving_ray():
             run.tune()
             run.confirm()
-        copy.fetch()
+            copy.fetch()
+            run.properties()
     return read_trials(options.run)
 
 
@@ -151,6 +157,7 @@ class _Run:
                 self._copy.drop_checkpoints(record.key.trial_id)
         for leftover in self._options.run.glob(f"{BUILDING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        take_down(self._options.run)
 
     def tune(self) -> None:
         """Tune stage: plan every configuration of every arm and run those that have not ended."""
@@ -171,6 +178,17 @@ class _Run:
                     key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
                     self._plan(arm, key, record.params)
         self._run_stage(Stage.CONFIRM)
+
+    def properties(self) -> None:
+        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        if not self._study.properties:
+            return
+        set_ray_environment(self._options.address)
+        from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
+
+        if self._pool is not None:
+            self._pool.close()
+        run_properties(self._resolved, self._journal.trials(), self._options, self._copy.storage, self._console)
 
     def _plan_sobol(self) -> None:
         count = max(arm.trials for arm in self._arms)

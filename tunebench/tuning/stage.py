@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ from rich.console import Console
 
 from tunebench.engine.board import TrialBoard, write_experiment
 from tunebench.engine.task import Evaluation, TrialTask
-from tunebench.study.control import Control, Wish
-from tunebench.study.errors import Interrupted, RunError
+from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
 from tunebench.study.record import TENSORBOARD, Reason, Stage, TrialRecord
@@ -27,6 +26,7 @@ from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
 from tunebench.tuning.node_checks import Standard, check_nodes
+from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import terminate_like_interrupt
@@ -78,7 +78,7 @@ def run_stage(
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     pool.plan(tenants, others_wait=bool(alone))
     # the queue and the scheduler each ask the other while the stage runs
-    orders = _Orders(options.run)
+    orders = Orders(options.run)
     queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed)
     scheduler = PerArmAsha(
         arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for, orders.wish
@@ -158,36 +158,6 @@ class Watching(tune.Callback):
         """Show what is new, where it is time to."""
         self._boards.show_when_due()
         self._pool.look()
-
-
-class _Orders:
-    """What was asked of the run, as its stage obeys it."""
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        self._active: Callable[[], int] = int  # none, before the first step
-        self.wish = Control(run).wish
-
-    def closed(self) -> bool:
-        """Whether no further trial may begin; Tune asks in a loop of its own where it has none at all.
-
-        Raises:
-            Interrupted: as `obey`.
-        """
-        self.obey(self._active)
-        return self.wish() is not Wish.RESUME
-
-    def obey(self, active: Callable[[], int]) -> None:
-        """End the run where that is asked: at once, or with the last of its active trials, which `active` counts.
-
-        Raises:
-            Interrupted: it ends; its state is kept.
-        """
-        self._active = active
-        if self.wish() is Wish.CANCEL:
-            raise Interrupted(f"{self._run}: cancelled; `tunebench resume` lets `tunebench run` go on")
-        if self.wish() is Wish.DRAIN and not active():
-            raise Interrupted(f"{self._run}: drained; `tunebench run` goes on")
 
 
 def _close_board(task: TrialTask, last: Evaluation) -> None:

@@ -27,7 +27,7 @@ from tunebench.study.spec import ExtxyzData, NequipData, XtbData
 from tunebench.workloads import extxyz, xtb
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.leaks import check_leaks, fingerprints, fingerprints_hash
-from tunebench.workloads.structure_files import file_hash, write_frames
+from tunebench.workloads.structure_files import CONFIG_TYPE, file_hash, write_frames
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,7 +46,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFile:
-    """One split on disk: an extended XYZ file in eV, eV/Å and eV/Å³ with its size and checksum."""
+    """One split on disk: an extended XYZ file in eV, eV/Å and eV/Å³ with its size and checksum.
+
+    Attributes:
+        config_types: what each frame is, empty text where it is not said; empty where no frame says it.
+    """
 
     path: Path
     frames: int
@@ -54,6 +58,7 @@ class SplitFile:
     atoms_max: int
     sha256: str
     fingerprints: str
+    config_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +260,7 @@ def _write_split(building: Path, split: str, frames: list[Atoms], about: dict[st
     path = building / split_file_name(split)
     write_frames(path, frames)
     sizes = [len(frame) for frame in frames]
+    types = [frame.info.get(CONFIG_TYPE, "") for frame in frames]
     return {
         "file": path.name,
         "frames": len(frames),
@@ -262,6 +268,7 @@ def _write_split(building: Path, split: str, frames: list[Atoms], about: dict[st
         "atoms_max": max(sizes),
         "sha256": file_hash(path),
         "fingerprints": about["fingerprints"][split],
+        **({"config_types": types} if any(types) else {}),
     }
 
 
@@ -272,15 +279,16 @@ def _type_names(frames: Frames) -> list[str]:
 
 def _load_split(folder: Path, entry: dict[str, Any]) -> SplitFile:
     path = folder / entry["file"]
-    found = _known_hash(path) if path.is_file() else None
+    found = known_hash(path) if path.is_file() else None
     if found != entry["sha256"]:
         allowed = f"the file its manifest describes (sha256 {entry['sha256'][:12]}); delete the folder to make it anew"
         raise WorkloadError("data", f"{path} (sha256 {found and found[:12]})", allowed)
     fields = {key: entry[key] for key in ("frames", "atoms_min", "atoms_max", "sha256", "fingerprints")}
-    return SplitFile(path=path, **fields)
+    return SplitFile(path=path, config_types=tuple(entry.get("config_types", ())), **fields)
 
 
-def _known_hash(path: Path) -> str:
+def known_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file, computed once per process and state of the file."""
     # A process opens each data set many times; a change shows in these numbers (the last two of them in ns).
     state = path.stat()
     return _hash_in_state(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
