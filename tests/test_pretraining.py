@@ -14,9 +14,10 @@ from tunebench import pretraining
 from tunebench.pretraining import pretrain
 from tunebench.study.errors import RunError
 from tunebench.study.initial import Initial
-from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.spec import StudyError
 from tunebench.study.strict_yaml import write_yaml
+from tunebench.tuning.preparation import initial_weights
 from tunebench.workloads.data import PreparedData, prepare
 from tunebench.workloads.starting_point import starting_point
 from tunebench.workloads.trained_model import read_architecture, read_record, read_trained
@@ -86,6 +87,28 @@ def test_a_workload_starts_from_a_base_model(base, prepared_ethanol):
     start = starting_point(Initial(path=str(base)), read_architecture(base).model, prepared_ethanol)
     assert start.about["left_out_types"] == ["N"]
     assert start.about["pretrained"]["study"] == "base"
+
+
+def test_a_run_says_what_it_starts_from_and_does_not_go_on_from_another_file(
+    base, tmp_path, tiny_ethanol, prepared_ethanol
+):
+    path = tmp_path / "base.ckpt"
+    shutil.copyfile(base, path)
+    fine = {
+        "name": "ethanol",
+        "data": tiny_ethanol.model_dump(mode="json"),
+        "model": {"family": "nequip"},
+        "init": {"path": "base.ckpt"},
+        "max_steps": 8,
+    }
+    study(tmp_path, workloads=[fine]).write(tmp_path / "run")
+    prepared = {"ethanol": prepared_ethanol}
+    start = initial_weights(load_run(tmp_path / "run"), prepared)["ethanol"]
+    assert start["file"] == "base.ckpt"
+    assert start["pretrained"]["study"] == "base"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(StudyError, match=r"workloads\[0\].init.path: found .*allowed: SHA-256 .* the run began with"):
+        initial_weights(load_run(tmp_path / "run"), prepared)
 
 
 def test_a_base_model_that_is_there_is_not_trained_again_nor_overwritten(base, folder, data, tmp_path):
