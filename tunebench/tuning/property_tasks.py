@@ -125,7 +125,8 @@ def run_properties(
 ) -> None:
     """Compute all properties that are not there, references first.
 
-    With a storage, models are measured on the driver's node, which alone has their checkpoints as files.
+    On a joined cluster they wait for whatever node has room. With a storage, models are measured on the driver's node,
+    which alone has their checkpoints as files.
 
     Raises:
         RunError: a reference cannot be computed, or the driver's node has no room for a model.
@@ -138,7 +139,8 @@ def run_properties(
     join_ray(options.address, study.resources, run, storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     references = reference_jobs(study)
-    node = None if storage is None else _node_with_room([*references, *jobs])
+    alone = storage is not None or options.address is None
+    node = _node_with_room([*references, *jobs]) if alone else None
     _Tasks(run, study, node, console).work_off(references, "references")
     _Tasks(run, study, node, console).work_off(jobs, "models")
 
@@ -156,8 +158,9 @@ def _node_with_room(jobs: Sequence[ModelJob]) -> str:
     wanted = max(job.cpus for job in jobs), max(job.gpus for job in jobs)
     if cpus < wanted[0] or gpus < wanted[1]:
         raise RunError(
-            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models where "
-            f"they lie in a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs"
+            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models of a "
+            f"machine alone or of a run with a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs "
+            "(cpus_per_model, gpus_per_model)"
         )
     return str(own)
 
