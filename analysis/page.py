@@ -23,6 +23,7 @@ from analysis.charts.search_charts import objective_label
 from analysis.checklist import checklist
 from analysis.comparison import Comparison
 from analysis.curvature import EXPLAINS, curvature_table, missing_preconditioners
+from analysis.error_parts import part_tables
 from analysis.figure_style import look
 from analysis.headline import cost, evidence, remedies, uses
 from analysis.ledger import ledgers, spread
@@ -148,7 +149,13 @@ def _answer(run: Run, workload: WorkloadRanking) -> Answer:
         columns=(*(f"{split} {_ERROR_WORDS[metric]}" for split, metric in cells), *compared),
         rows=tuple(_answer_row(run, arm, cells, differences) for arm in workload.arms),
         tables=tuple(
-            table for table in (*workload_tables(workload), refinement_table(run, workload.workload)) if table.rows
+            table
+            for table in (
+                *workload_tables(workload),
+                *part_tables(run, workload.workload, workload.arms),
+                refinement_table(run, workload.workload),
+            )
+            if table.rows
         ),
         notes=tuple(refused(run, workload.workload)),
     )

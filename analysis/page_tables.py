@@ -14,7 +14,8 @@ from analysis.overall import Overall
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
 from analysis.targets import AxisScores, TargetScores
-from analysis.wording import ABSENT, MINUS, listed, milli, milli_interval, number, percent
+from analysis.wording import ABSENT, MINUS, NO_INTERVAL, listed, milli, milli_interval, number, percent
+from tunebench.study.record import Metric
 
 MEV = "meV/Å"
 
@@ -34,6 +35,7 @@ def workload_tables(workload: WorkloadRanking) -> list[Table]:
     tables = (
         _comparisons(workload),
         _pareto(workload),
+        _gaps(workload),
         _searches(workload),
         _false_stops(workload),
         _importance(workload),
@@ -101,6 +103,28 @@ def _pareto(workload: WorkloadRanking) -> Table:
                 listed(point.dominated_by) or ABSENT,
             )
             for point in workload.pareto
+        ),
+    )
+
+
+def _gaps(workload: WorkloadRanking) -> Table:
+    return Table(
+        title="Out of distribution",
+        note="Error on an out-of-distribution split over the test error of the same model: interquartile mean over "
+        "seeds of the logarithms, with its 95 % interval; 1 is no gap. A failed seed has no gap and is counted. "
+        "Nothing is selected or ranked by it.",
+        columns=("optimizer", "split", "error", "factor", "95 %", "seeds", "failed"),
+        rows=tuple(
+            (
+                gap.optimizer,
+                gap.split,
+                "forces" if gap.metric is Metric.FORCES_MAE else "energy",
+                number(gap.factor, 3),
+                f"[{number(gap.interval.low, 3)}, {number(gap.interval.high, 3)}]" if gap.interval else NO_INTERVAL,
+                str(gap.n_seeds),
+                str(gap.n_failed),
+            )
+            for gap in workload.gaps
         ),
     )
 

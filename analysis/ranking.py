@@ -15,6 +15,7 @@ from analysis.completeness import missing_work
 from analysis.label_efficiency import LabelEfficiency
 from analysis.label_groups import label_efficiencies
 from analysis.load import Run
+from analysis.ood_gap import OodGap, ood_gaps
 from analysis.overall import Overall, decide_overall
 from analysis.pareto import ParetoPoint, pareto_front
 from analysis.reselection import Search
@@ -30,7 +31,7 @@ from tunebench.study.record import Metric, Split, TrialRecord
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class WorkloadRanking:
             whose value is above 0.05 wins here, but among so many workloads one such win may be chance. ``None`` where
             nothing is compared.
         pareto: error against device-seconds of a full run, cheapest arm first; arms without either are absent.
+        gaps: error out of distribution over that in it, of every arm; they select and rank nothing.
     """
 
     workload: str
@@ -53,6 +55,7 @@ class WorkloadRanking:
     comparisons: tuple[Comparison, ...]
     family_p: float | None
     pareto: tuple[ParetoPoint, ...]
+    gaps: tuple[OodGap, ...]
     arms: tuple[ArmResult, ...]
 
 
@@ -127,6 +130,7 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
         comparisons=comparisons,
         family_p=max((1.0 if c.p is None else c.p for c in comparisons), default=None),
         pareto=_pareto(run, workload, rivals),
+        gaps=ood_gaps(results),
         arms=(*rivals, *(result for result in results if result.optimizer not in run.rivals)),
     )
 

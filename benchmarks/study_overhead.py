@@ -191,7 +191,8 @@ def ours(run: Path, trials: int) -> Cost:
     scheduler = PerArmAsha(
         arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1), keys.__getitem__
     )
-    queue = TrialQueue(list(keys), (), PoolClient(Resources(), run), None, lambda: scheduler.waiting)
+    pool = PoolClient(Resources(), run)
+    queue = TrialQueue(list(keys), (), pool, None, lambda: scheduler.waiting)
 
     def close_board(key: TrialKey, last: Evaluation) -> None:
         TrialBoard(run, key, params[key.trial_id], last.step).close(last, Reason.STOPPED_ASHA)
@@ -199,7 +200,7 @@ def ours(run: Path, trials: int) -> Cost:
     engines = dict.fromkeys(("first", "second"), "cohort")
     recorder = Recorder(journal, scheduler, keys, lambda key: True, progress, engines, stopped=close_board)
     meter = Meter()
-    callbacks = [recorder, Watching(ArmBoards(run, arms, console)), meter]
+    callbacks = [recorder, Watching(ArmBoards(run, arms, console), pool), meter]
     with progress:
         fit(_trainable(run), queue, scheduler, callbacks, run, Stage.TUNE, resolved.study.resources)
     ended = sum(record.reason is not None for record in read_trials(run))

@@ -734,7 +734,10 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row per cell: medians over the rounds, the spread over all windows, the start-up of the first round."""
+    """One row per cell: medians over the rounds, the spread over all windows, the start-up of the first round.
+
+    In the order of `MODELS` and `WAYS`, whatever was measured first.
+    """
     rounds: dict[Cell, list[Row]] = {}
     for row in rows:
         rounds.setdefault(replace(row.cell, round=0), []).append(row)
@@ -755,7 +758,12 @@ def merged(rows: Iterable[Row]) -> list[Row]:
                 reserved_gib=max(row.reserved_gib for row in good),
             )
         )
-    return found
+    return sorted(found, key=_place)
+
+
+def _place(row: Row) -> tuple[int, int, int, int, str, bool]:
+    models = list(MODELS)
+    return models.index(row.model), row.batch_size, WAYS.index(row.way), row.trials, row.optimizers, row.compiled
 
 
 def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +21,10 @@ from rich.live import Live
 from rich.table import Table
 
 from tunebench import __version__
+from tunebench.cluster.templates import Kind
 from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
-from tunebench.study.record import JOURNAL, Stage
+from tunebench.study.record import JOURNAL, Readout, Split, Stage
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
 
 app = typer.Typer(
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make or look at a study's data.")
 app.add_typer(data_app, name="data")
+cluster_app = typer.Typer(no_args_is_help=True, help="Describe a cluster to Ray.")
+app.add_typer(cluster_app, name="cluster")
 
 StudyFile = Annotated[Path, typer.Argument(help="study file, for example studies/quickstart.yaml")]
 RunFolder = Annotated[Path, typer.Argument(help="run directory")]
@@ -92,6 +95,7 @@ def plan(
     Rungs, expected survivors, device-hours by stage, disk, and the smallest difference that its seeds resolve. Exits 1
     where a rule fails that the study does not waive. Of a run it shows what it was extended to.
     """
+    from tunebench.properties.of_study import property_needs
     from tunebench.study.journal import read_afforded
     from tunebench.study.lint import lint
     from tunebench.study.power import LEVEL, POWER, smallest_difference
@@ -116,7 +120,9 @@ def plan(
     from tunebench.tuning.footprint import disk_bytes
 
     engines = {name: choice.to_plain() for name, choice in choices.items()}
-    summary = plan_summary(resolved, seconds, engines, read_afforded(study) if (study / JOURNAL).is_file() else None)
+    frames = {name: prepared.splits[Split.TRAIN].frames for name, prepared in data.items()}
+    afforded = read_afforded(study) if (study / JOURNAL).is_file() else None
+    summary = plan_summary(resolved, seconds, engines, afforded=afforded, training_frames=frames)
     resolvable = smallest_difference(resolved.study.confirm.seeds)
     summary |= {
         "disk_bytes": disk_bytes(resolved, data),
@@ -129,6 +135,7 @@ def plan(
             "share_of_error": resolvable * seed_sd if math.isfinite(resolvable) else None,
         },
         "rules": [finding.to_plain() for finding in findings],
+        "properties": property_needs(resolved.study, summary["arms"]),
     }
     _print(summary, as_json, _plan_view)
     if any(finding.blocks for finding in findings):
@@ -137,8 +144,17 @@ def plan(
 
 @app.command()
 def run(
-    study: Annotated[Path | None, typer.Argument(help="study file; a run directory goes on with that run")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="study file; a run directory or a run's storage goes on with that run")
+    ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory, else runs/NAME-HASH")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="address such as s3://bucket/studies where all nodes keep checkpoints and curves, in NAME-HASH; left "
+            "out, the run directory"
+        ),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, `auto` on a cluster's node")] = None,
     extend: Annotated[
         int,
@@ -151,24 +167,35 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on where it stopped. Ctrl-C keeps everything."""
-    from tunebench.study.resolve import load_run, resolve
-    from tunebench.tuning.run_folder import default_run_folder
+    from tunebench.tuning.run_source import source_of
     from tunebench.tuning.runner import RunOptions, run_study
 
-    source = study or _default_study()
-    if source.is_dir():
-        resolved, folder = load_run(source), run_folder or source
-    else:
-        resolved = resolve(source)
-        folder = run_folder or default_run_folder(resolved, Path("runs"))
     console = _stderr() if as_json else _stdout()
-    console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-    records = run_study(resolved, RunOptions(run=folder, address=address, extend=extend), console)
-    summary: dict[str, Any] = {"run": str(folder), "trials": len(records)}
+    found = source_of(study or str(_default_study()), run_folder, storage)
+    console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
+    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage)
+    records = run_study(found.resolved, options, console)
+    summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:
-        summary |= _write_report(folder)
+        summary |= _write_report(found.folder)
     _print(summary, as_json, lambda s: f"report: {s['report']}" if report else f"run: {s['run']}")
     _fail_for_checks(summary)
+
+
+@app.command()
+def fetch(
+    address: Annotated[str, typer.Argument(help="storage of a run, for example s3://bucket/studies/NAME-HASH")],
+    run_folder: Annotated[Path | None, typer.Option("--run", help="run directory to make, else runs/NAME-HASH")] = None,
+    checkpoints: Annotated[bool, typer.Option(help="bring checkpoints, too")] = True,
+    as_json: Json = False,
+) -> None:
+    """Bring a run, finished or not, from its storage to a run directory; what has not changed is left as it is."""
+    from tunebench.study.run_copy import fetch_run
+    from tunebench.study.storage import Storage
+
+    folder = run_folder or Path("runs") / address.rstrip("/").rpartition("/")[2]
+    came = fetch_run(Storage(address), folder, checkpoints=checkpoints)
+    _print({"run": str(folder), "files": len(came)}, as_json, lambda f: f"{f['run']}: {f['files']} files came")
 
 
 @app.command()
@@ -391,16 +418,19 @@ def inspect_command(
 
 @app.command("properties")
 def properties_command(
-    model: Annotated[str, typer.Argument(help="final.ckpt of a confirm trial, a packaged model, or emt")],
+    model: Annotated[str, typer.Argument(help="final.ckpt or refined.pt of a confirm trial, a packaged model, or emt")],
     settings: Annotated[Path, typer.Option(help="property plan: what to compute, of what, against what")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file for the rows, .parquet or .json")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model runs")] = "cpu",
+    readout: Annotated[
+        Readout | None, typer.Option(help="weights of a confirm trial; left out, those final.ckpt evaluates with")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compute physical properties of a model in float64 and compare them with a reference; exits 1 where one failed."""
     from tunebench.properties.command import evaluate_model, rows_table
 
-    rows = evaluate_model(model, settings, out, device)
+    rows = evaluate_model(model, settings, out, device, readout)
     _print([row.to_plain() for row in rows], as_json, lambda _: rows_table(rows))
     if any(row.failed for row in rows):
         raise typer.Exit(FAILED)
@@ -456,6 +486,42 @@ def data_inspect(study: StudyFile, as_json: Json = False) -> None:
     _print(rows, as_json, lambda r: json.dumps(r, indent=2))
 
 
+@cluster_app.command("init")
+def cluster_init(
+    kind: Annotated[Kind, typer.Option(help="where the machines come from")],
+    answer: Annotated[
+        list[str] | None, typer.Option("--answer", "-a", metavar="NAME=VALUE", help="to a question, may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write, else a name after the kind")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the description of a cluster: a copy of that in `cluster/` with your answers in it.
+
+    On a terminal it asks for what is left; otherwise what has no usual answer must be given.
+    """
+    from tunebench.cluster.templates import next_commands, parsed_answers, write_description
+
+    answers = parsed_answers(answer or ())
+    if not as_json and sys.stdin.isatty():
+        answers |= _asked(kind, answers)
+    files = write_description(kind, answers, out)
+    summary = {"files": [str(file) for file in files], "next": next_commands(kind, files[0])}
+    _print(summary, as_json, lambda s: "\n".join([f"wrote {', '.join(s['files'])}; next:", *s["next"]]))
+
+
+def _asked(kind: Kind, answers: Mapping[str, str]) -> dict[str, str]:
+    """Answers to the questions of a kind of cluster that were not given, from the terminal."""
+    from tunebench.cluster.templates import QUESTIONS
+
+    open_questions = [question for question in QUESTIONS[kind] if question.name not in answers]
+    return {
+        question.name: question.checked(
+            typer.prompt(question.asks, default=None if question.required else question.example)
+        )
+        for question in open_questions
+    }
+
+
 def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:
     ask(run_folder, wish)
     _print({"run": str(run_folder), "asked": wish.value}, as_json, lambda a: f"{a['run']}: {a['asked']}")
@@ -502,6 +568,10 @@ def _plan_lines(summary: dict[str, Any]) -> list[str]:
     if summary["expected_device_s"] is not None:
         stages = (f"{summary[f'expected_{stage}_device_s'] / 3600:.3g} in the {stage} stage" for stage in Stage)
         lines.append(f"device-hours of training: {', '.join(stages)}; evaluation comes on top")
+    if summary["expected_refine_device_s"]:
+        hours = summary["expected_refine_device_s"] / 3600
+        lines.append(f"device-hours of refinement: {hours:.3g} in float32, up to twice that in float64")
+    lines += [f"properties: {need['text']}" for need in summary["properties"]]
     power = summary["resolvable"]
     if power["seed_sds"] is None:
         return [*lines, "resolution: one seed resolves nothing"]

@@ -39,6 +39,7 @@ from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
     Arm,
     ExtxyzData,
+    ExtxyzKeys,
     Family,
     Labels,
     Loss,
@@ -120,6 +121,7 @@ def crystal_trials(folder: Path) -> CrystalTrials:
         train=str(folder / "crystals.xyz"),
         ood={"strained": str(folder / "strained.xyz")},
         frames=SplitFrames(train=13, val=4, test=3, ood=3),
+        keys=ExtxyzKeys(config_type="size"),
     )
     return CrystalTrials(spec, prepare(spec), folder / "runs", cache_folder() / "traces")
 
@@ -129,6 +131,8 @@ def _crystals(number: int, seed: int) -> list[Atoms]:
     frames = []
     for index in range(number):
         frame = bulk("SiC", "zincblende", a=4.36).repeat((2 if index % 3 == 0 else 1, 1, 1))
+        if index % 3 != 1:
+            frame.info["size"] = f"{len(frame)} atoms"
         frame.set_cell(frame.cell @ (np.eye(3) + rng.normal(scale=0.02, size=(3, 3))), scale_atoms=True)
         frame.positions += rng.normal(scale=0.1, size=frame.positions.shape)
         frame.calc = SinglePointCalculator(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from nequip.data import AtomicDataDict
@@ -27,7 +29,7 @@ from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.modules import build_module
 from tunebench.engine.task import Evaluation, TrialTask
-from tunebench.study.record import Reason, Stage
+from tunebench.study.record import ERROR_PARTS, Reason, Stage
 from tunebench.study.search_space import available_optimizers
 from tunebench.study.spec import Family
 
@@ -83,6 +85,30 @@ def test_a_cohort_of_all_optimizers_trains_each_as_the_lightning_engine_does(
     assert all(len(readouts) == 2 for readouts in expected[-1].errors.values())
     assert_same_to_rounding(found, expected, ROUNDING.get(optimizer, 1e-10))
     assert_same_weights(task, other, 100 * ROUNDING.get(optimizer, 1e-12))
+    one, another = parts_of(task), parts_of(other)
+    values = [part.pop("value") for part in one], [part.pop("value") for part in another]
+    assert one == [{**part, "trial": task.key.trial_id} for part in another]
+    assert values[0] == pytest.approx(values[1], rel=ROUNDING.get(optimizer, 1e-10))
+
+
+def parts_of(task: TrialTask) -> list[dict[str, Any]]:
+    return pq.read_table(task.run / ERROR_PARTS / f"{task.key.trial_id}.parquet").to_pylist()
+
+
+def test_errors_of_the_parts_of_a_split_add_up_to_those_of_the_whole(trials: CrystalTrials, mixed: Mixed) -> None:
+    task, reports = mixed[Family.NEQUIP, "soap"]
+    rows = parts_of(task)
+    assert set(trials.data.splits["ood:strained"].config_types) == {"", "2 atoms", "4 atoms"}
+    for split, readouts in reports[-1].errors.items():
+        for readout, metrics in readouts.items():
+            own = [row for row in rows if (row["split"], row["readout"]) == (split, readout)]
+            assert bool(own) == (split != "val")  # seen while it selects
+            for part in {row["part"] for row in own}:
+                for metric in {row["metric"] for row in own if row["part"] == part and row["metric"].endswith("mae")}:
+                    parts = [row for row in own if (row["part"], row["metric"]) == (part, metric)]
+                    mean = np.average([row["value"] for row in parts], weights=[row["labels"] for row in parts])
+                    assert mean == pytest.approx(metrics[metric], rel=1e-9), (split, part, metric)
+    assert {row["name"] for row in rows if row["part"] == "element"} == {"C", "Si"}
 
 
 def test_what_is_compared_is_clipped_and_half_labelled_and_weighs_stress(trials: CrystalTrials) -> None:

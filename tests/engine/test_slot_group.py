@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from nequip.utils.global_state import set_global_state
 
 from tests.engine.conftest import MakeTask
 from tunebench.engine.slot_group import Flat, Member, SlotGroup, least_capacity, repacked, rule_key
@@ -23,6 +24,7 @@ DTYPE = torch.float64
 @lru_cache(maxsize=1)
 def shelf() -> ModuleShelf:
     """Models built once for all tests here."""
+    set_global_state()  # NequIP builds none without
     return ModuleShelf()
 
 

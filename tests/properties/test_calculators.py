@@ -81,7 +81,9 @@ def test_positions_reach_the_model_in_float64_whatever_torchs_default_was():
 
 def test_a_teacher_has_a_name_and_everything_else_must_be_a_model(tmp_path: Path):
     assert type(calculator_named("emt")) is type(teacher("emt"))
-    with pytest.raises(RunError, match=r"emtt: found no model, allowed: emt; did you mean emt\?, or an existing file"):
+    with pytest.raises(
+        RunError, match=r"emtt: found no model, allowed: emt, gfn2-xtb; did you mean emt\?, or an existing file"
+    ):
         calculator_named("emtt")
     broken = tmp_path / "final.ckpt"
     broken.write_bytes(b"no checkpoint")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 
@@ -14,6 +15,7 @@ from tunebench.properties.measured import Curve, PropertyFailure
 from tunebench.properties.plan import PropertyPlan, settings_hash
 from tunebench.properties.registry import PROPERTIES, PropertyName
 from tunebench.properties.rows import write_rows
+from tunebench.workloads.errors import WorkloadError
 
 COPPER = {"kind": "crystal", "formula": "Cu", "lattice": "fcc", "a_angstrom": 3.6}
 MOVING = {"timestep_fs": 5.0, "sample_every_steps": 5, "equilibration_ps": 0.1}
@@ -161,3 +163,11 @@ def test_curves_are_compared_on_the_same_points_only(x, marks, expected):
     reference = curve((0.0, 1.0), (1.0, 2.0), (("Γ", 0.0), ("X", 1.0)) if marks else ())
     found = _difference(curve(x, (2.0, 3.0), marks), reference)
     assert (found and found.value) == expected
+
+
+def test_a_file_of_forces_that_has_none_is_bad_input_and_no_failed_property(tmp_path: Path):
+    bulk("Cu", cubic=True).repeat((2, 2, 2)).write(tmp_path / "bare.xyz")
+    forces = {"forces": {"phonons": {"path": "bare.xyz"}}}
+    plan = PropertyPlan.model_validate({"properties": {"phonons": CRYSTAL["phonons"]}, "reference": forces})
+    with pytest.raises(WorkloadError, match=r"reference\.forces\.phonons\.path: found 'bare\.xyz with no forces in"):
+        references_of(plan, tmp_path)

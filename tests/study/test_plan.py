@@ -175,6 +175,17 @@ def test_device_seconds_need_a_measured_step_of_every_arm(tmp_path: Path) -> Non
     assert both["trials"] == 2 * (9 + 10)
 
 
+def test_a_refinement_costs_passes_over_the_whole_training_split(tmp_path: Path) -> None:
+    refined = resolved(tmp_path, confirm={"top_k": 2, "seeds": 5, "refine": {"steps": 10}})
+    (row, _) = plan_summary(refined, {"ethanol/adamw": 0.5}, training_frames={"ethanol": 30})["arms"]
+    batch = refined.study.workloads[0].batch_size
+    assert row["expected_refine_steps"] == 10 * 12 * 30 / batch  # ten trials, twelve passes each
+    assert row["expected_refine_device_s"] == 0.5 * row["expected_refine_steps"]
+    assert row["expected_device_s"] == 0.5 * (27 + 90 + row["expected_refine_steps"])
+    assert plan_summary(refined, {"ethanol/adamw": 0.5})["arms"][0]["expected_device_s"] is None
+    assert plan_summary(resolved(tmp_path))["arms"][0]["expected_refine_steps"] == 0
+
+
 @pytest.mark.parametrize(("sampler", "ranked"), [("sobol", True), ("tpe", False)])
 def test_only_a_sobol_study_is_announced_as_ranked(tmp_path: Path, sampler: str, ranked: bool) -> None:
     study = resolved(tmp_path, tune={"trials_per_arm": 9, "sampler": sampler})

@@ -8,16 +8,22 @@ import pytest
 
 from tests.tuning.conftest import tunebench
 from tunebench.cli import run_command
+from tunebench.study.software import Software
 from tunebench.tuning.doctor import NodeReport, judge, node_report
 
+SOFTWARE = Software(python="3.11.7", packages={"torch": "2", "nequip": "1", "ray": "3"}, source="a", cuda=None)
 WELL = NodeReport(
-    packages={"torch": "2", "nequip": "1", "ray": "3"},
+    software=SOFTWARE,
     gpus=[],
     reads=True,
     storage_error="",
     free_bytes=2**40,
     clock_s=0.0,
 )
+
+
+def with_packages(**versions: str | None) -> NodeReport:
+    return replace(WELL, software=replace(SOFTWARE, packages={**SOFTWARE.packages, **versions}))
 
 
 def mends(node: NodeReport, skew_s: float = 0.0) -> dict[str, str]:
@@ -31,8 +37,9 @@ def test_a_healthy_node_needs_no_mending() -> None:
 @pytest.mark.parametrize(
     ("node", "skew_s", "check", "mend"),
     [
-        (replace(WELL, packages={**WELL.packages, "nequip": None}), 0.0, "versions", "install nequip"),
-        (replace(WELL, packages={**WELL.packages, "torch": "1"}), 0.0, "versions", "the versions of the driver"),
+        (with_packages(nequip=None), 0.0, "versions", "install nequip"),
+        (with_packages(torch="1"), 0.0, "versions", "the versions of the driver"),
+        (replace(WELL, gpus=["A100"]), 0.0, "versions", "the versions of the driver"),  # no CUDA for it
         (replace(WELL, reads=False), 0.0, "storage", "a folder that all nodes share"),
         (replace(WELL, storage_error="Read-only file system"), 0.0, "storage", "a folder that all nodes share"),
         (replace(WELL, free_bytes=2**20), 0.0, "free space", "at least 2 GiB"),
@@ -47,10 +54,11 @@ def test_what_is_wrong_with_a_node_is_named_with_its_mend(
 
 
 def test_a_machine_tells_whether_it_can_write_and_see_the_probe(tmp_path: Path) -> None:
-    (tmp_path / "probe").touch()
-    assert node_report(tmp_path, "probe").reads
-    assert not node_report(tmp_path, "elsewhere").reads
-    assert node_report(tmp_path / "missing", "probe").storage_error
+    (tmp_path / "probe").write_bytes(b"now")
+    assert node_report(tmp_path, "probe", b"now").reads
+    assert not node_report(tmp_path, "probe", b"before").reads
+    assert not node_report(tmp_path, "elsewhere", b"now").reads
+    assert node_report(tmp_path / "missing", "probe", b"now").storage_error
     assert [file.name for file in tmp_path.iterdir()] == ["probe"]
 
 

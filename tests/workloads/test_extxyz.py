@@ -5,7 +5,8 @@ from pathlib import Path
 import ase.io
 import pytest
 
-from tunebench.study.spec import ExtxyzData, SplitFrames
+from tunebench.study.spec import ExtxyzData, ExtxyzKeys, SplitFrames
+from tunebench.workloads.data import prepare
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.extxyz import extxyz_frames, identity
 
@@ -82,3 +83,31 @@ def test_a_missing_file_is_named_with_its_key(base: Path, key: str) -> None:
     for use in (lambda: identity(data, base), lambda: extxyz_frames(data, base, lambda line: None)):
         with pytest.raises(WorkloadError, match=rf"^data\.{key}: found 'gone\.xyz', allowed: an existing file; "):
             use()
+
+
+def test_a_frame_keeps_what_the_named_key_says_it_is_and_may_say_nothing(base: Path, rattled) -> None:
+    frames = rattled("CH3OH", 6, seed=3)
+    for index, frame in enumerate(frames[:4]):
+        frame.info["kind"] = f"at {300 * (index % 2 + 1)} K"
+    ase.io.write(base / "kinds.xyz", frames, format="extxyz")
+    counts = SplitFrames(train=8, val=4, test=4, ood=6)
+    data = ExtxyzData(
+        source="extxyz",
+        train="ethanol.xyz",
+        ood={"far": "kinds.xyz"},
+        frames=counts,
+        keys=ExtxyzKeys(config_type="kind"),
+    )
+    prepared = prepare(data, base=base, cache=base / "cache")
+    assert sorted(prepared.splits["ood:far"].config_types) == ["", "", "at 300 K", "at 300 K", "at 600 K", "at 600 K"]
+    assert prepared.splits["train"].config_types == ()
+
+
+def test_a_key_of_configuration_types_that_no_frame_has_is_a_mistake(base: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"^data\.keys\.config_type: found 'kid', allowed: a key of the info"):
+        drawn(base, keys=ExtxyzKeys(config_type="kid"))
+
+
+def test_data_without_configuration_types_are_identified_as_before_there_were_any(base: Path) -> None:
+    data = ExtxyzData(source="extxyz", train="ethanol.xyz", frames=SplitFrames(**COUNTS))
+    assert "config_type" not in identity(data, base)["data"]["keys"]

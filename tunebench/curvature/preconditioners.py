@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from tunebench.curvature.operators import Coordinates, Operator
+from tunebench.optim.factored import Factored
 from tunebench.optim.factors import Factors
 from tunebench.optim.newton_schulz import CUBIC, QUINTIC
 from tunebench.optim.packing import Segment, Tensors
@@ -201,6 +202,8 @@ def preconditioner(state: OptimizerState) -> Preconditioner:
     Raises:
         ValueError: a rule without a linear preconditioner, or a state in which it has not made a step yet.
     """
+    if isinstance(state.rule, Factored):
+        return _factored(state, state.rule)
     known = _KNOWN.get(type(state.rule))
     if known is None:
         names = ", ".join(kind.__name__ for kind in _KNOWN)
@@ -212,6 +215,21 @@ def preconditioner(state: OptimizerState) -> Preconditioner:
     roots = {name: root for name, (root, _) in found.items()}
     parts = tuple(part for _, own in found.values() for part in own)
     return Preconditioner(definition, parts, state.rule, roots)
+
+
+def _factored(state: OptimizerState, rule: Factored) -> Preconditioner:
+    """P of weights with learning rates of their own: that of their rule over their factor."""
+    definition, parts, roots = "", [], {}
+    for part in rule.parts:
+        names = {block.parameter for block in part.rule.packing.blocks}
+        weights = {name: weight for name, weight in state.weights.items() if name in names}
+        found = preconditioner(replace(state, rule=part.rule, tensors=part.own(state.tensors), weights=weights))
+        definition = found.definition
+        parts += [replace(p, least=p.least / part.factor, largest=p.largest / part.factor) for p in found.parts]
+        for segment in part.rule.packing.segments:
+            scale = torch.full((segment.numel,), part.factor**0.5, dtype=torch.float64, device=_device(state))
+            roots[segment.name + part.suffix] = Chained(Scaled(scale), found._roots[segment.name])
+    return Preconditioner(definition, tuple(parts), state.rule, roots)
 
 
 # --- diagonal --------------------------------------------------------------------------------------------------------

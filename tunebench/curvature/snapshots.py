@@ -21,8 +21,8 @@ from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.engine.tenant import ModuleShelf, Tenant
+from tunebench.optim.factored import reads_average
 from tunebench.optim.packing import Tensors
-from tunebench.optim.rules.schedule_free import ScheduleFree
 from tunebench.study.errors import RunError
 from tunebench.study.record import Readout, Stage
 from tunebench.study.spec import Engine
@@ -149,6 +149,6 @@ def _read(file: Path, task: TrialTask) -> Snapshot:
     optimizer = OptimizerState(
         rule=rule, step=state.step, hyper=tenant.hyper, tensors=state.optimizer, weights=state.weights
     )
-    readout = Readout.SCHEDULE_FREE if isinstance(rule, ScheduleFree) else Readout.RAW
+    readout = Readout.RAW if reads_average(rule) is None else Readout.SCHEDULE_FREE
     weights = tenant.weights_of(state, readout)
     return Snapshot(model=tenant.model, optimizer=optimizer, weights=weights, readout=readout)

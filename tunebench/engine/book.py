@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from tunebench.engine.board import TrialBoard
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint, save_checkpoint
 from tunebench.engine.curves import curve_rows, set_aside_curve, write_curve
+from tunebench.engine.error_parts import PartRow, write_parts
 from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.trial_files import TrialFiles
 from tunebench.engine.work import NOTE_EVERY_S, Note, Work, read_note, write_note
 from tunebench.study.objective import objective_value, selected_readout
 from tunebench.study.record import Metric, Readout, Reason, Split
@@ -52,7 +54,9 @@ class TrialBook:
         self._attempts = self.last.attempts + 1
         self._rows = [tuple(row) for row in self._checkpoint["rows"]] if self._checkpoint else []
         self._board = TrialBoard(task.run, task.key, task.hyperparameters, self.last.step)
+        self._files = TrialFiles(task.storage, task.run, task.key.trial_id)
         self._unwritten: list[Evaluation] = []
+        self._parts: Sequence[PartRow] = ()
         self._written_at = -math.inf
 
     def take_checkpoint(self) -> dict[str, Any] | None:
@@ -79,6 +83,7 @@ class TrialBook:
         learning_rate: float,
         save: Callable[[], dict[str, Any]],
         refinement: dict[str, Any] | None = None,
+        parts: Sequence[PartRow] = (),
     ) -> Evaluation:
         """Decide whether the trial has ended; where it is due write, and keep a checkpoint unless it diverged.
 
@@ -89,8 +94,11 @@ class TrialBook:
             learning_rate: of the next step.
             save: makes the engine's part of the checkpoint; called, if at all, once `last` is this evaluation.
             refinement: what a refinement did, whose errors are among the others.
+            parts: errors by configuration type and element, at the end of a confirm trial.
         """
-        self.judged(step, errors, train_loss=train_loss, learning_rate=learning_rate, refinement=refinement)
+        self.judged(
+            step, errors, train_loss=train_loss, learning_rate=learning_rate, refinement=refinement, parts=parts
+        )
         if self.is_due:
             self.write(save() if self.last.is_sound else None)
         return self.last
@@ -110,6 +118,7 @@ class TrialBook:
         train_loss: float,
         learning_rate: float,
         refinement: dict[str, Any] | None = None,
+        parts: Sequence[PartRow] = (),
     ) -> Evaluation:
         """Decide whether the trial has ended, and write nothing yet; arguments as for `evaluated`."""
         objectives = {}
@@ -136,20 +145,27 @@ class TrialBook:
         self.last = replace(evaluation, outcome=outcome, message=message)
         self._rows += curve_rows(self.task.key.trial_id, self.last)
         self._unwritten.append(self.last)
+        self._parts = parts
         return self.last
 
     def write(self, saved: Mapping[str, Any] | None) -> None:
         """Write curve and events up to the last evaluation, and a checkpoint where the engine's part of one is given.
 
         Books of different trials may write at the same time in different threads.
+
+        Raises:
+            StorageError: it is written here and cannot be stored.
         """
         write_curve(self.task.run, self.task.key.trial_id, self._rows)
         for evaluation in self._unwritten:
             self._board.add(evaluation)
         self._unwritten = []
+        if self._parts:
+            write_parts(self.task.run, self.task.key.trial_id, self._parts)
         if saved is not None:
             own = {"evaluation": json.dumps(self.last.to_plain()), "rows": self._rows}
             save_checkpoint(self.folder, own | dict(saved))
+        self._files.store()
         self._written_at = time.perf_counter()
 
     def keep(self, save: Callable[[], dict[str, Any]]) -> None:
@@ -193,6 +209,7 @@ class TrialBook:
             self._board.suspend()
         else:
             self._board.close(self.last, reason)
+        self._files.store()
 
     def _outcome(self, evaluation: Evaluation) -> tuple[Reason | None, str]:
         raw = evaluation.errors[Split.VAL][Readout.RAW][Metric.OBJECTIVE]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from nequip.data import AtomicDataDict
 from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.graphs import synchronize
-from tunebench.engine.loss import LossWeights
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.task import TrialTask, trial_task
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
@@ -75,8 +75,22 @@ def training_parts(task: TrialTask) -> tuple[Any, Any]:
     """
     config = training_module(task)
     build_model(config["model"])  # names what is wrong with the arguments
-    module = build_module(config, LossWeights.of(task.workload.loss), task.averaged).to(task.device)
-    return module, module.configure_optimizers()["optimizer"]
+    module = trial_module(task, config).to(task.device)
+    return module, configured_optimizer(module)
+
+
+def configured_optimizer(module: Any) -> Any:
+    """The optimizer of a training module.
+
+    Raises:
+        ValueError: its parameter groups find nothing to do in this model; Hydra would hide that in an error of its own.
+    """
+    try:
+        return module.configure_optimizers()["optimizer"]
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
 
 
 class LightningSteps:

@@ -27,11 +27,11 @@ from tunebench.engine.graphs import Lanes, Replayed, release_memory, synchronize
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.padding import BatchShape, PaddingPlan, fits
 from tunebench.engine.refinement import add_refinement
-from tunebench.engine.slot_evaluation import SlotEvaluation
+from tunebench.engine.slot_evaluation import Measured, SlotEvaluation
 from tunebench.engine.slot_group import Flat
 from tunebench.engine.slot_groups import SlotGroups
 from tunebench.engine.slot_rows import Place, SlotRows
-from tunebench.engine.task import Errors, Evaluation, TrialTask
+from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.engine.tenant import ModuleShelf, SlotState, Tenant
 from tunebench.engine.watchdog import Watchdog
 from tunebench.engine.workload_functions import WorkloadFunctions
@@ -327,10 +327,10 @@ class Cohort:
         rows = self._rows
         bucket = self._bucket()
         self._gather_below(bucket)
-        rows.set_stepping([place.slot for place in places])
-        for group in self._groups:
-            group.set_stepping([place.slot for place in places])
         steps = {place.slot: place.step + 1 for place in places}
+        rows.set_stepping(steps)
+        for group in self._groups:
+            group.set_stepping(steps)
         moved: set[int] = set()
         shortage = ""
         try:
@@ -346,7 +346,7 @@ class Cohort:
         finally:
             self._lanes.join()
         if shortage:
-            rows.set_stepping(list(moved))  # the others make this step once there is room
+            rows.set_stepping(moved)  # the others make this step once there is room
         stepped = [place for place in places if place.slot in moved]
         if stepped:
             self._finish()
@@ -444,25 +444,34 @@ class Cohort:
             return []
         self._book_time()
         try:
-            errors = self._evaluation.errors(due, self._rows, self._groups)
+            measured = self._evaluation.measured(due, self._rows, self._groups)
         except torch.OutOfMemoryError as error:
             return [self._ended(place, Reason.OOM, _first_line(error)) for place in due]
-        self._write(due, errors)
+        self._write(due, measured)
         self._since = self._now()  # nobody pays for an evaluation or a refinement in training time
         reports = [self._reported(place) for place in due]
         self._since = self._now()
         return reports
 
-    def _write(self, due: Sequence[Place], errors: Sequence[Errors]) -> None:
+    def _write(self, due: Sequence[Place], measured: Sequence[Measured]) -> None:
         """Judge evaluations and write those that must be, several files at once: each waits for the disk."""
         writes = []
         losses = self._rows.take_mean_losses([place.slot for place in due])
-        for place, found, loss in zip(due, errors, losses, strict=True):
+        for place, found, loss in zip(due, measured, losses, strict=True):
             tenant = place.tenant
             rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
             weights_of = partial(self._weights_of, tenant)
-            refinement = add_refinement(tenant.task, place.step, found, tenant.model, weights_of, self._watchdog.beat)
-            last = tenant.book.judged(place.step, found, train_loss=loss, learning_rate=rate, refinement=refinement)
+            refinement = add_refinement(
+                tenant.task, place.step, found.errors, found.parts, tenant.model, weights_of, self._watchdog.beat
+            )
+            last = tenant.book.judged(
+                place.step,
+                found.errors,
+                train_loss=loss,
+                learning_rate=rate,
+                refinement=refinement,
+                parts=found.parts,
+            )
             if not tenant.book.is_due:
                 continue
             saved = tenant.saved(self.state(tenant.name)) if last.is_sound else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from nequip.data import AtomicDataDict
@@ -35,11 +35,21 @@ class ErrorSums:
 
 
 def split_errors(
-    model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], *, stress: bool
+    model: torch.nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    stress: bool,
+    watch: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None] | None = None,
 ) -> dict[str, float]:
     """MAE and RMSE of energy per atom (eV/atom), forces (eV/Å) and, if asked, stress (eV/Å³) over all batches.
 
-    A non-finite prediction makes its metric non-finite. The model is left in evaluation mode as it was found.
+    A non-finite prediction makes its metric non-finite. The model is left in training or evaluation mode as it was.
+
+    Args:
+        model: NequIP's.
+        batches: NequIP's keys.
+        stress: whether the stress counts.
+        watch: sees the predictions and the labels of every batch.
     """
     training = model.training
     model.eval()
@@ -47,8 +57,10 @@ def split_errors(
     for batch in batches:
         output = model(dict(batch))
         with torch.no_grad():
-            for quantity, error in _errors(output, batch, stress=stress).items():
+            for quantity, error in labelled_errors(output, batch, stress=stress).items():
                 sums.add(quantity, error)
+            if watch is not None:
+                watch(output, batch)
     model.train(training)
     return sums.metrics()
 
@@ -77,7 +89,7 @@ def error_sums(
         float64 (quantities, 3): sum of absolute errors, sum of squared errors, number of values. A prediction that is
         not finite makes its sums infinite. Sums of batches add up; `metrics_of_sums` makes metrics of them.
     """
-    errors = _errors(output, batch, stress=stress)
+    errors = labelled_errors(output, batch, stress=stress)
     if force_labels is not None:
         counted = force_labels[batch[AtomicDataDict.BATCH_KEY]].unsqueeze(-1)
         errors["forces"] = torch.where(counted, errors["forces"], torch.full_like(errors["forces"], math.nan))
@@ -98,10 +110,10 @@ def metrics_of_sums(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return out
 
 
-def _errors(
+def labelled_errors(
     output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, stress: bool
 ) -> dict[str, torch.Tensor]:
-    """Errors of each quantity, in the order of `quantities`."""
+    """Errors of each quantity, in the order of `quantities`, of the labels' shapes and NaN where there is no label."""
     energy, forces, stresses = AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.FORCE_KEY, AtomicDataDict.STRESS_KEY
     errors = {
         "energy_per_atom": _keep_label_mask(energy_per_atom_error(output, batch), batch[energy]),
@@ -113,9 +125,15 @@ def _errors(
 
 
 def _sums_of(error: torch.Tensor) -> torch.Tensor:
+    return row_sums(error.reshape(1, -1))[0]
+
+
+def row_sums(error: torch.Tensor) -> torch.Tensor:
+    """Sums over each row of errors of shape (rows, ...): absolute, squared, how many; float64 (rows, 3)."""
+    error = error.flatten(1)
     labelled = ~torch.isnan(error)
     error = torch.where(labelled, error, torch.zeros_like(error)).to(torch.float64)
-    return torch.stack([error.abs().sum(), error.square().sum(), labelled.sum().to(torch.float64)])
+    return torch.stack([error.abs().sum(1), error.square().sum(1), labelled.sum(1).to(torch.float64)], dim=1)
 
 
 def _keep_label_mask(error: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from nequip.utils.global_state import set_global_state
 
 from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.loss import LossWeights, weighted_loss
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import training_module
 from tunebench.engine.task import TrialTask
 from tunebench.optim.matrix_view import trainable_parameters
@@ -173,7 +173,7 @@ def model_in(task: TrialTask, dtype: torch.dtype, like: torch.nn.Module) -> torc
     set_global_state()
     config = training_module(task)
     config["model"] = {**config["model"], "model_dtype": str(dtype).removeprefix("torch."), "compile_mode": "eager"}
-    module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
+    module = trial_module(task, config)
     model: torch.nn.Module = module.model
     model.load_state_dict(like.state_dict())
     return model.to(task.device)

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import FINAL
+from tunebench.engine.error_parts import PartRow, RunningParts, SplitParts
 from tunebench.engine.errors import split_errors
 from tunebench.engine.graphs import synchronize
-from tunebench.engine.loss import LossWeights
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.readouts import readout_weights
@@ -92,8 +92,7 @@ class _Trial(lightning.Callback):
         self.book, self.report, self.beat = TrialBook(task), report, beat
         self.task = task = self.book.task
         config = training_module(task)
-        weights = LossWeights.of(task.workload.loss)
-        self.module = build_module(config, weights, task.averaged, info_dict(task, config))
+        self.module = trial_module(task, config, info_dict(task, config))
         self.optimizer: Any = None
         self.restored = self.book.take_checkpoint()
         self.step = self.book.last.step
@@ -174,14 +173,16 @@ class _Trial(lightning.Callback):
             self.training_since = self._now()
 
     def _evaluate(self, trainer: Any) -> None:
-        errors = self._errors()
+        parts: list[PartRow] = []
+        errors = self._errors(parts)
         last = self.book.evaluated(
             self.step,
             errors,
             train_loss=self.module.mean_loss(),
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             save=lambda: self._state(trainer),
-            refinement=add_refinement(self.task, self.step, errors, self.module.model, self._weights, self.beat),
+            refinement=add_refinement(self.task, self.step, errors, parts, self.module.model, self._weights, self.beat),
+            parts=parts,
         )
         try:
             self.report(last)
@@ -196,18 +197,21 @@ class _Trial(lightning.Callback):
         with readout_weights(self.module, self.optimizer, readout):
             return {name: p.detach().clone() for name, p in trainable_parameters(self.module.model).items()}
 
-    def _errors(self) -> Errors:
-        """Errors on the validation split with both readouts, and at the horizon on the splits opened once."""
+    def _errors(self, parts: list[PartRow]) -> Errors:
+        """Errors on the validation split with both readouts, and at the horizon on the splits opened once.
+
+        Those of the parts of the latter are added to `parts`.
+        """
         at_horizon = self.step == self.task.workload.max_steps
         splits = ("val", *(self.task.final_splits if at_horizon else ()))
         errors: Errors = {split: {} for split in splits}
         for readout in (Readout.RAW, self.task.averaged):
             with readout_weights(self.module, self.optimizer, readout):
                 for split in splits:
-                    errors[split][readout.value] = self._split_errors(split)
+                    errors[split][readout.value] = self._split_errors(split, readout, parts)
         return errors
 
-    def _split_errors(self, split: str) -> dict[str, float]:
+    def _split_errors(self, split: str, readout: Readout, parts: list[PartRow]) -> dict[str, float]:
         workload = self.task.workload
         loader: DataLoader[Any] = DataLoader(
             self._frames(split),
@@ -215,8 +219,13 @@ class _Trial(lightning.Callback):
             collate_fn=AtomicDataDict.batched_from_list,
         )
         batches = (self._evaluated(batch) for batch in loader)
-        weighed = workload.loss.stress > 0 or self.task.objective.stress > 0
-        return split_errors(self.module, batches, stress=self.task.data.has_stress and weighed)
+        stress = self.task.weighs_stress
+        if split == Split.VAL:
+            return split_errors(self.module, batches, stress=stress)
+        running = RunningParts(SplitParts.of(self.task.data, split, stress=stress))
+        errors = split_errors(self.module, batches, stress=stress, watch=running.add)
+        parts += running.table(readout.value)
+        return errors
 
     def _evaluated(self, batch: AtomicDataDict.Type) -> AtomicDataDict.Type:
         """A batch that is about to be evaluated; the one before it is done."""

@@ -12,7 +12,12 @@ import torch
 from nequip.train import EMALightningModule, ScheduleFreeLightningModule
 
 from tunebench.engine.loss import LossWeights, weighted_loss
+from tunebench.engine.task import TrialTask
+from tunebench.optim.matrix_view import trainable_parameters
+from tunebench.optim.trained import UnknownWeights, freeze_others, learning_rate_factors
 from tunebench.study.record import Readout
+from tunebench.workloads.errors import WorkloadError
+from tunebench.workloads.starting_point import starting_point
 
 
 class QuietSteps:
@@ -56,6 +61,34 @@ class ScheduleFreeModule(QuietSteps, ScheduleFreeLightningModule):  # type: igno
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "lr_scheduler": None}
+
+
+def trial_module(task: TrialTask, config: dict[str, Any], info: dict[str, Any] | None = None) -> Any:
+    """A trial's training module with the weights that it starts from; those that stand still have no gradients.
+
+    Args:
+        task: the trial.
+        config: its `training_module` section, which may have been changed in its optimizer or its precision.
+        info: goes into NequIP's checkpoints.
+
+    Raises:
+        WorkloadError: initial weights that cannot be used.
+        TypeError, AssertionError: arguments that NequIP's builder refuses.
+    """
+    module = build_module(config, LossWeights.of(task.workload.loss), task.averaged, info)
+    initial = task.workload.init
+    if initial is not None:
+        (model,) = module.model.values()
+        starting_point(initial, task.workload.model, task.data).put_into(model)
+        try:
+            freeze_others(module.model, initial.train)
+            learning_rate_factors(trainable_parameters(module.model), initial.lr_factors)
+        except UnknownWeights as error:
+            raise WorkloadError(f"init.{error.key}", error.pattern, error.allowed) from error
+        if task.averaged is Readout.EMA:
+            for average, weight in zip(module.ema.ema_weights, module.model.parameters(), strict=True):
+                average.copy_(weight.detach())
+    return module
 
 
 def build_module(

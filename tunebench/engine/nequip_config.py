@@ -12,6 +12,7 @@ from tunebench.study.record import Readout
 from tunebench.study.spec import Workload
 from tunebench.study.training_sections import training_sections
 from tunebench.workloads.models import model_config
+from tunebench.workloads.starting_point import starting_point
 from tunebench.workloads.statistics import training_statistics
 
 
@@ -19,7 +20,7 @@ def training_module(task: TrialTask, readout: Readout | None = None) -> dict[str
     """The `training_module` section: model, optimizer, schedule, loss and metrics of a trial.
 
     Its `_target_` is NequIP's own module for `readout`, left out for the arm's averaged one; the model's statistics
-    come from the training split only.
+    come from the training split only, or where the workload starts from a trained model, from that.
     """
     workload = task.workload
     statistics = training_statistics(
@@ -28,7 +29,10 @@ def training_module(task: TrialTask, readout: Readout | None = None) -> dict[str
     sections = training_sections(
         workload, task.optimizer, task.hyperparameters, task.schedule, readout or task.averaged, horizon=task.horizon
     )
-    model = model_config(workload.model, task.data.type_names, statistics, task.seeds.init)
+    seed = task.seeds.init if workload.init is None else workload.init.seed
+    model = model_config(workload.model, task.data.type_names, statistics, seed)
+    if workload.init is not None:
+        model |= starting_point(workload.init, workload.model, task.data).constants
     return {"_target_": sections.pop("_target_"), "model": model, **sections}
 
 

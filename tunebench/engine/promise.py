@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from tunebench.engine.calibration import training_parts
+from tunebench.engine.calibration import configured_optimizer, training_parts
 from tunebench.engine.task import TrialTask
 from tunebench.optim.matrix_view import FctpView
 from tunebench.optim.realised import check_promise, realised_groups
-from tunebench.study.optimizer_config import optimizer_config
 from tunebench.study.search_space import ChoiceParameter, Role, SearchSpace, Treats
+from tunebench.study.training_sections import optimizer_section
 
 
 def check_groups(task: TrialTask, groups: Iterable[Mapping[str, Any]], model: torch.nn.Module) -> None:
@@ -44,8 +44,8 @@ def check_arm(task: TrialTask, space: SearchSpace) -> None:
     """
     module, _ = training_parts(task)
     for hyper in _variants(task.hyperparameters, space):
-        module.optimizer_config = optimizer_config(task.optimizer, hyper)
-        optimizer = module.configure_optimizers()["optimizer"]
+        module.optimizer_config = optimizer_section(task.workload, task.optimizer, hyper)
+        optimizer = configured_optimizer(module)
         check_groups(replace(task, hyperparameters=hyper), realised_groups(optimizer), module.model)
 
 

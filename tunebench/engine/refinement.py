@@ -18,6 +18,7 @@ from nequip.data import AtomicDataDict
 
 from tunebench.engine.batches import on_device, task_frames
 from tunebench.engine.checkpoints import REFINED, checkpoint_folder
+from tunebench.engine.error_parts import PartRow, RunningParts, SplitParts
 from tunebench.engine.errors import split_errors
 from tunebench.engine.full_batch import full_batch, model_in
 from tunebench.engine.graphs import synchronize
@@ -81,6 +82,7 @@ class Refined:
     Attributes:
         minimised: what was done, with the weights.
         before, after: errors by split, in the precision of the refinement, of the first and of the kept weights.
+        parts: errors of the parts of the splits opened once, of the kept weights.
         frames: training frames.
         steps_equivalent: training steps that see as many frames as the refinement has.
         device_s: seconds of the loss, its gradients and the directions; evaluation is left out, as in training.
@@ -89,6 +91,7 @@ class Refined:
     minimised: Minimised
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
+    parts: list[PartRow]
     frames: int
     steps_equivalent: float
     device_s: float
@@ -134,6 +137,7 @@ def add_refinement(
     task: TrialTask,
     step: int,
     errors: Errors,
+    parts: list[PartRow],
     model: torch.nn.Module,
     weights_of: Callable[[Readout], Mapping[str, torch.Tensor]],
     beat: Callable[[], None] = lambda: None,
@@ -144,6 +148,7 @@ def add_refinement(
         task: the trial.
         step: finished steps.
         errors: of this evaluation; those of the refined weights are added as the readout REFINED.
+        parts: errors of the parts of its splits, likewise.
         model: of its training module, for structure and constants.
         weights_of: the trial's weights of a readout, by name.
         beat: called after every batch that went through the model.
@@ -169,6 +174,7 @@ def add_refinement(
         return {"end": end.value, "message": message, "readout": readout, "refine_device_s": _now(task) - began}
     for split, by_readout in errors.items():
         by_readout[Readout.REFINED.value] = refined.after[split]
+    parts += refined.parts
     plain = {"readout": readout, **refined.to_plain()}
     with replacing(checkpoint_folder(task.run, task.key.trial_id) / REFINED) as partial:
         weights = {name: weight.cpu() for name, weight in refined.minimised.weights.items()}
@@ -211,30 +217,43 @@ def refine(
     began = _now(task)
     minimised = minimise(loss, how, validation_loss)
     device_s = _now(task) - began - validated_s
+    parts: list[PartRow] = []
     return Refined(
         minimised=minimised,
         before=before,
-        after={split: _errors(task, refined, split, beat) for split in splits},
+        after={split: _errors(task, refined, split, beat, parts) for split in splits},
+        parts=parts,
         frames=loss.frames,
         steps_equivalent=minimised.evaluations * loss.frames / task.workload.batch_size,
         device_s=device_s,
     )
 
 
-def _errors(task: TrialTask, model: torch.nn.Module, split: str, beat: Callable[[], None]) -> dict[str, float]:
+def _errors(
+    task: TrialTask,
+    model: torch.nn.Module,
+    split: str,
+    beat: Callable[[], None],
+    parts: list[PartRow] | None = None,
+) -> dict[str, float]:
+    """Errors on a split; those of the parts of one that is opened once are added to `parts`, where it is given."""
     (inner,) = model.values() if isinstance(model, torch.nn.ModuleDict) else (model,)
     frames, size = task_frames(task, split), task.workload.evaluation_batch_size
     chunks = (range(first, min(first + size, len(frames))) for first in range(0, len(frames), size))
     collated = (AtomicDataDict.batched_from_list([frames[index] for index in chunk]) for chunk in chunks)
     batches = (on_device(batch, task.device) for batch in collated)
-    stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
 
     def beaten() -> Iterator[AtomicDataDict.Type]:
         for batch in batches:
             yield batch
             beat()
 
-    return split_errors(inner, beaten(), stress=stress)
+    if parts is None or split not in task.final_splits:
+        return split_errors(inner, beaten(), stress=task.weighs_stress)
+    running = RunningParts(SplitParts.of(task.data, split, stress=task.weighs_stress))
+    errors = split_errors(inner, beaten(), stress=task.weighs_stress, watch=running.add)
+    parts += running.table(Readout.REFINED.value)
+    return errors
 
 
 def _now(task: TrialTask) -> float:

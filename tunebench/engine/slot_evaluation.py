@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.func import vmap
 
 from tunebench.engine.batches import task_frames
+from tunebench.engine.error_parts import PartRow
 from tunebench.engine.errors import error_sums, metrics_of_sums, quantities
 from tunebench.engine.graphs import Replayed
 from tunebench.engine.resident import frame_labels
@@ -18,6 +20,19 @@ from tunebench.engine.task import Errors
 from tunebench.engine.workload_functions import WorkloadFunctions
 from tunebench.optim.packing import Tensors
 from tunebench.study.record import Readout, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an evaluation found of a slot.
+
+    Attributes:
+        errors: on whole splits.
+        parts: of the parts of the splits that are opened once.
+    """
+
+    errors: Errors = field(default_factory=dict)
+    parts: list[PartRow] = field(default_factory=list)
 
 
 class SlotEvaluation:
@@ -34,7 +49,7 @@ class SlotEvaluation:
         self._programs: dict[str, _BatchErrors] = {}
         self._labels: dict[tuple[str, int], torch.Tensor] = {}
 
-    def errors(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Errors]:
+    def measured(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Measured]:
         """Errors on the validation split, and at the horizon on the splits opened once.
 
         Args:
@@ -47,15 +62,15 @@ class SlotEvaluation:
         """
         while True:
             try:
-                return self._errors(places, rows, groups)
+                return self._of_all(places, rows, groups)
             except torch.OutOfMemoryError:
                 if self._at_once == 1:
                     raise
             self._programs.clear()  # outside of the handler, which keeps the memory of the frames it went through
             self._at_once //= 2
 
-    def _errors(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Errors]:
-        found: list[Errors] = [{} for _ in places]
+    def _of_all(self, places: Sequence[Place], rows: SlotRows, groups: SlotGroups) -> list[Measured]:
+        found = [Measured() for _ in places]
         for readout, weights in _readouts(places, rows, groups).items():
             for split in self._opened(places):
                 chosen = [
@@ -63,28 +78,37 @@ class SlotEvaluation:
                     for index, place in enumerate(places)
                     if readout in (Readout.RAW, place.tenant.task.averaged) and split in self._opened([place])
                 ]
-                measured = self._measured([places[index] for index in chosen], rows, weights, split)
-                for index, metrics in zip(chosen, measured, strict=True):
-                    found[index].setdefault(split, {})[readout.value] = metrics
+                sums = self._split_sums([places[index] for index in chosen], rows, weights, split)
+                for index, of_slot in zip(chosen, sums, strict=True):
+                    self._add(found[index], split, readout, of_slot)
         return found
+
+    def _add(self, found: Measured, split: str, readout: Readout, sums: list[list[float]]) -> None:
+        names = quantities(stress=self._functions.has_stress)
+        whole, parts = sums[: len(names)], sums[len(names) :]
+        found.errors.setdefault(split, {})[readout.value] = metrics_of_sums(dict(zip(names, whole, strict=True)))
+        if parts:
+            found.parts.extend(self._functions.parts(split).table(readout.value, parts))
 
     def _opened(self, places: Sequence[Place]) -> tuple[str, ...]:
         at_horizon = [place for place in places if place.step == self._functions.workload.max_steps]
         final = dict.fromkeys(split for place in at_horizon for split in place.tenant.task.final_splits)
         return (Split.VAL.value, *final)
 
-    def _measured(self, places: Sequence[Place], rows: SlotRows, weights: Flat, split: str) -> list[dict[str, float]]:
+    def _split_sums(
+        self, places: Sequence[Place], rows: SlotRows, weights: Flat, split: str
+    ) -> list[list[list[float]]]:
+        """Rows of sums of each place: those of the whole split, then those of its parts."""
         size = self._at_once
         sums: list[torch.Tensor] = []
         for first in range(0, len(places), size):
             part = list(places[first : first + size])
             sums += self._sums(part + part[-1:] * (size - len(part)), rows, weights, split)[: len(part)]
-        names = quantities(stress=self._functions.has_stress)
-        found = torch.stack(sums).tolist() if sums else []
-        return [metrics_of_sums(dict(zip(names, slot, strict=True))) for slot in found]
+        found: list[list[list[float]]] = torch.stack(sums).tolist() if sums else []
+        return found
 
     def _sums(self, places: Sequence[Place], rows: SlotRows, weights: Flat, split: str) -> torch.Tensor:
-        """Error sums over a split, float64 (places, quantities, 3)."""
+        """Error sums over a split, float64 (places, rows, 3)."""
         device = self._functions.device
         chosen = torch.tensor([place.slot for place in places], dtype=torch.int64, device=device)
         if split not in self._programs:
@@ -132,12 +156,15 @@ class _BatchErrors:
         self._predict, self._keys = functions.prediction(split, self._stacked, self.constants)
         self._batch = {key: values.clone() for key, values in self._batches[0].items()}
         self._indices = self._batches.indices[0].clone()
-        shape = slots, len(quantities(stress=self._stress)), 3
+        self._parts = None if split == Split.VAL else functions.parts(split)
+        of_frame = self._parts.of_frame if self._parts else torch.zeros(1, dtype=torch.int64)
+        self._of_frame = torch.cat([of_frame, of_frame[:1]]).to(functions.device)
+        shape = slots, len(quantities(stress=self._stress)) + (self._parts.rows if self._parts else 0), 3
         self._sums = torch.zeros(shape, dtype=torch.float64, device=functions.device)
         self._add_batch = Replayed(self._add, functions.device)
 
     def over_split(self, beat: Callable[[], None]) -> torch.Tensor:
-        """Sums over the whole split, float64 (slots, quantities, 3); `beat` is called after every batch."""
+        """Sums over the whole split, float64 (slots, rows, 3); `beat` is called after every batch."""
         self._sums.zero_()
         for position in range(len(self._batches)):
             for key, values in self._batches[position].items():
@@ -152,7 +179,12 @@ class _BatchErrors:
 
         def sums(output: Tensors, labelled: torch.Tensor) -> torch.Tensor:
             labels = frame_labels(labelled, self._indices)
-            return error_sums(output, self._batch, stress=self._stress, force_labels=labels)
+            whole = error_sums(output, self._batch, stress=self._stress, force_labels=labels)
+            if self._parts is None:
+                return whole
+            # The ghost, and what fills up the last batch, have no labels and so no part.
+            of_frame = torch.cat([self._of_frame[self._indices], self._of_frame[:1]])
+            return torch.cat([whole, self._parts.sums(output, self._batch, of_frame)])
 
         with torch.no_grad():
             output = self._predict(self._stacked, self.constants, {key: self._batch[key] for key in self._keys})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.func import vmap
 
 from tunebench.engine.graphs import Replayed
+from tunebench.engine.row_mask import RowMask
 from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.rule import Phase, UpdateRule
 
@@ -66,7 +67,7 @@ class SlotGroup:
         self._spare = spare
         self._together = _ROWS_TOGETHER_ON_CPU if device.type == "cpu" else None
         self._slots = torch.full((capacity,), spare, dtype=torch.int64, device=device)
-        self._stepping = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self._stepping = RowMask(capacity, device)
         names = dict.fromkeys((*rule.hyperparameters, "learning_rate"))
         # Free rows hold ones, which no rule divides to zero by.
         self._hyper = {name: torch.ones(capacity, dtype=torch.float64, device=device) for name in names}
@@ -107,7 +108,7 @@ class SlotGroup:
         row = self._row(slot)
         self.members[row] = None
         self._slots[row] = self._spare
-        self._stepping[row] = False
+        self._stepping.clear(row)
 
     def move(self, slot: int, to: int) -> None:
         """A trial has moved to another row of the cohort's matrices."""
@@ -129,10 +130,9 @@ class SlotGroup:
             group.add(member, self.state_of(member.slot))
         return group
 
-    def set_stepping(self, slots: Sequence[int]) -> None:
+    def set_stepping(self, slots: Collection[int]) -> None:
         """Only these slots change from now on."""
-        stepping = [member is not None and member.slot in slots for member in self.members]
-        self._stepping.copy_(torch.tensor(stepping, dtype=torch.bool))
+        self._stepping.set([member is not None and member.slot in slots for member in self.members])
 
     def phase(self, steps: Mapping[int, int]) -> Phase:
         """What the next step needs, given the number of the step that each stepping slot is to make."""
@@ -159,7 +159,7 @@ class SlotGroup:
 
     def _update(self, weights: Flat, grads: Flat, steps: torch.Tensor, factors: torch.Tensor, phase: Phase) -> None:
         # A free row reads any gradient and writes to the spare row.
-        of_grads = torch.where(self._stepping, self._slots, torch.zeros_like(self._slots))
+        of_grads = torch.where(self._stepping.marked, self._slots, torch.zeros_like(self._slots))
         old = {dtype: matrix.index_select(0, self._slots) for dtype, matrix in weights.items()}
         own = {dtype: matrix.index_select(0, of_grads) for dtype, matrix in grads.items()}
         factor = factors.index_select(0, self._slots)
@@ -199,7 +199,7 @@ class SlotGroup:
         return packing.flattened(read(packing.arranged(weights), state, hyper))
 
     def _chosen(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return torch.where(self._stepping.view(-1, *[1] * (new.ndim - 1)), new, old)
+        return torch.where(self._stepping.marked.view(-1, *[1] * (new.ndim - 1)), new, old)
 
     def _row(self, slot: int) -> int:
         return next(row for row, member in enumerate(self.members) if member is not None and member.slot == slot)

@@ -9,6 +9,7 @@ import torch
 
 from tunebench.engine.slot_group import Flat, Member, SlotGroup, least_capacity, rule_key
 from tunebench.engine.tenant import Tenant
+from tunebench.optim.factored import reads_average
 
 
 class SlotGroups:
@@ -63,6 +64,6 @@ class SlotGroups:
         averaged = weights
         for key in dict.fromkeys(self._keys[slot] for slot in slots):
             group = self._groups[key]
-            read = getattr(group.rule, "averaged", None)
+            read = reads_average(group.rule)
             averaged = averaged if read is None else group.averaged(weights, averaged, read)
         return averaged

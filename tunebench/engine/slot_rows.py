@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunebench.engine.batches import task_frames
+from tunebench.engine.row_mask import RowMask
 from tunebench.engine.slot_group import Flat
 from tunebench.engine.tenant import SlotState, Tenant
 from tunebench.engine.workload_functions import WorkloadFunctions
@@ -72,7 +73,7 @@ class SlotRows:
     losses: torch.Tensor
     loss_sum: torch.Tensor
     loss_count: torch.Tensor
-    stepping: torch.Tensor
+    stepping: RowMask
     broken: torch.Tensor
 
     @classmethod
@@ -106,7 +107,7 @@ class SlotRows:
             losses=column(torch.float64),
             loss_sum=column(torch.float64),
             loss_count=column(torch.float64),
-            stepping=column(torch.bool),
+            stepping=RowMask(rows, device),
             broken=column(torch.bool),
         )
 
@@ -144,26 +145,25 @@ class SlotRows:
             loss_count=float(self.loss_count[place.slot]),
         )
 
-    def set_stepping(self, slots: Sequence[int]) -> None:
+    def set_stepping(self, slots: Collection[int]) -> None:
         """Only these rows change from now on."""
-        chosen = torch.zeros(self.stepping.shape, dtype=torch.bool)
-        chosen[list(slots)] = True
-        self.stepping.copy_(chosen)
+        self.stepping.set([row in slots for row in range(len(self.steps))])
 
     def finish(self, decay: float) -> None:
         """Averages, counters and checks after the weights have moved.
 
         NequIP's averages start as a copy and decay slower early on (`EMAWeights.update_parameters`).
         """
+        stepping = self.stepping.marked
         updates = (self.steps + 1).to(torch.float64)
         keep = torch.clamp((1 + updates) / (10 + updates), max=decay)
-        share = torch.where(self.stepping, 1 - keep, torch.zeros_like(keep))
+        share = torch.where(stepping, 1 - keep, torch.zeros_like(keep))
         for dtype, averages in self.averages.items():  # in place: memory cannot run out between weights and counters
             averages.lerp_(self.weights[dtype], scalar(share, averages).unsqueeze(1))
-        self.loss_sum.add_(torch.where(self.stepping, self.losses, torch.zeros_like(self.losses)))
-        self.loss_count.add_(self.stepping.to(torch.float64))
-        self.broken.logical_or_(self.stepping & ~self.losses.isfinite())
-        self.steps.add_(self.stepping.to(torch.int64))
+        self.loss_sum.add_(torch.where(stepping, self.losses, torch.zeros_like(self.losses)))
+        self.loss_count.add_(stepping.to(torch.float64))
+        self.broken.logical_or_(stepping & ~self.losses.isfinite())
+        self.steps.add_(stepping.to(torch.int64))
 
     def take_mean_losses(self, slots: Sequence[int]) -> list[float]:
         """Mean training losses since the last call; NaN where no step was made."""

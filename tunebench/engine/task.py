@@ -14,6 +14,7 @@ from tunebench.study.record import Readout, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import Treats
 from tunebench.study.spec import Objective, Refinement, Schedule, Workload
+from tunebench.study.storage import Storage
 from tunebench.workloads.data import PreparedData
 
 Errors = dict[str, dict[str, dict[str, float]]]
@@ -47,6 +48,7 @@ class TrialTask:
         written_every_s: seconds between two writings of its files; the first evaluation, a rung and the end are always
             written.
         refine: how the trial is refined at the workload's horizon; None for not at all.
+        storage: where its files are kept as well; None where `run` lies on a disk that all nodes share.
     """
 
     key: TrialKey
@@ -69,6 +71,7 @@ class TrialTask:
     written_every_s: float = 30.0
     horizons: tuple[int, ...] = ()
     refine: Refinement | None = None
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         """Refuse a trial that would not be measured at its horizons."""
@@ -113,6 +116,11 @@ class TrialTask:
         if self.key.stage is not Stage.CONFIRM:
             return ()
         return tuple(name for name in self.data.splits if name not in ("train", "val"))
+
+    @property
+    def weighs_stress(self) -> bool:
+        """Whether errors of the stress are measured: where the data have one and the study weighs it."""
+        return self.data.has_stress and (self.workload.loss.stress > 0 or self.objective.stress > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +211,7 @@ def trial_task(
     params: Mapping[str, Any],
     seeds: Mapping[str, int],
     run: Path,
+    storage: Storage | None = None,
 ) -> TrialTask:
     """The task of one trial of an arm: what the study says of it, with these searched hyperparameters and seeds."""
     resources = resolved.study.resources
@@ -226,6 +235,7 @@ def trial_task(
         rungs=arm.rungs if key.stage is Stage.TUNE else (),
         horizons=arm.horizons if key.stage is Stage.TUNE else (),
         refine=resolved.study.confirm.refine if key.stage is Stage.CONFIRM else None,
+        storage=storage,
     )
 
 

@@ -16,20 +16,19 @@ import torch
 
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import FINAL
-from tunebench.engine.loss import LossWeights
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.schedules import schedule_factor
 from tunebench.engine.slot_group import repacked
 from tunebench.engine.task import TrialTask
-from tunebench.optim.groups import group_names
+from tunebench.optim.factored import reads_average
+from tunebench.optim.groups import group_factors, group_names
 from tunebench.optim.matrix_view import trainable_parameters
 from tunebench.optim.optimizer import BlockOptimizer, RuleOptimizer, state_key
 from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.realised import realised_groups
 from tunebench.optim.rule import UpdateRule
-from tunebench.optim.rules.schedule_free import ScheduleFree
 from tunebench.study.files import replacing
 from tunebench.study.record import Readout, Reason, Stage
 from tunebench.workloads.models import build_model
@@ -105,12 +104,12 @@ class Tenant:
         parameters = trainable_parameters(self.model)
         packing = self._own_packing
         if not isinstance(self._optimizer, BlockOptimizer):
-            packing = Packing.elementwise(parameters)
+            packing = Packing.elementwise(parameters, group_factors(group))
         elif set(self._renamed) != set(parameters):
             raise ValueError(
                 "optimizer: found blocks without the names of their weights, allowed: those of matrix_groups"
             )
-        return self._optimizer._rule(dict(group), packing)
+        return self._optimizer.rule_of(dict(group), packing)
 
     def _first_state(self) -> SlotState:
         """The state of a trial that starts, or of its checkpoint."""
@@ -136,10 +135,11 @@ class Tenant:
         """The weights of a readout in a state of the trial, by name."""
         if readout is Readout.RAW:
             return state.weights
-        if not isinstance(self.rule, ScheduleFree):
+        read = reads_average(self.rule)
+        if read is None:
             return state.averages
         hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.hyper.items()}
-        averaged = self.rule.averaged(self.rule.packing.pack(state.weights), state.optimizer, hyper)
+        averaged = read(self.rule.packing.pack(state.weights), state.optimizer, hyper)
         return self.rule.packing.unpack(averaged)
 
     def learning_rate_factors(self) -> torch.Tensor:
@@ -184,12 +184,7 @@ class Tenant:
             group["train_mode"] = True
 
     def _write_final(self) -> None:
-        module = build_module(
-            self._config,
-            LossWeights.of(self.task.workload.loss),
-            self.task.averaged,
-            info_dict(self.task, self._config),
-        )
+        module = trial_module(self.task, self._config, info_dict(self.task, self._config))
         module.load_state_dict(self._module.state_dict())
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -218,7 +213,7 @@ class ModuleShelf:
         key = json.dumps([config["model"], config.get("ema_decay"), task.averaged.value], sort_keys=True, default=str)
         if key not in self._shelf:
             try:
-                module = build_module(config, LossWeights.of(task.workload.loss), task.averaged)
+                module = trial_module(task, config)
             except Exception:
                 build_model(config["model"])  # names what is wrong with the arguments
                 raise

@@ -11,6 +11,7 @@ import torch
 from torch.func import vmap
 
 from tunebench.engine.batches import task_frames
+from tunebench.engine.error_parts import SplitParts
 from tunebench.engine.functional import OUTPUTS, FunctionalModel, functional_model
 from tunebench.engine.fused import Evaluate, LossGradient, SlotFunction, quickest, unfuse
 from tunebench.engine.loss import LossWeights
@@ -50,7 +51,7 @@ class WorkloadFunctions:
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.workload, self.device, self.model = task.workload, torch.device(task.device), model
-        self.has_stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
+        self.has_stress = task.weighs_stress
         self._task, self._cache, self._compiled, self._prepare = task, cache, compiled, prepare
         self._frames: dict[str, ResidentFrames] = {}
         self._batches: dict[str, StaticBatches] = {}
@@ -72,6 +73,10 @@ class WorkloadFunctions:
             size = self.workload.evaluation_batch_size
             self._batches[split] = static_batches(self.frames(split), size, masked=False)
         return self._batches[split]
+
+    def parts(self, split: str) -> SplitParts:
+        """How a split falls into parts."""
+        return SplitParts.of(self._task.data, split, stress=self.has_stress)
 
     def slot_constants(self) -> Tensors:
         """What the model reads beside its weights and may differ between trials, as one trial has it.

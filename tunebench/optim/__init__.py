@@ -1,6 +1,6 @@
 """Optimizers on the true matrices of equivariant weights."""
 
-from tunebench.optim.groups import matrix_groups
+from tunebench.optim.groups import matrix_groups, weight_groups
 from tunebench.optim.matrix_optimizers import SOAP, Muon, SOAPMuon
 from tunebench.optim.optimizers import LAMB, SGD, Adam, AdamW, AdamWScheduleFree, RAdam, Ranger
 
@@ -16,4 +16,5 @@ __all__ = [
     "Ranger",
     "SOAPMuon",
     "matrix_groups",
+    "weight_groups",
 ]

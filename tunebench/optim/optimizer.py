@@ -10,7 +10,8 @@ from typing import Any, overload
 import torch
 
 from tunebench.optim.captured import CapturedStep
-from tunebench.optim.groups import group_blocks, group_names
+from tunebench.optim.factored import Factored
+from tunebench.optim.groups import group_blocks, group_factors, group_names
 from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.rule import UpdateRule
 from tunebench.optim.settings_checks import checked
@@ -18,7 +19,7 @@ from tunebench.optim.settings_checks import checked
 Group = dict[str, Any]
 
 # `param_names` and `initial_lr` are torch's own.
-_GROUP_KEYS = ("params", "names", "blocks", "param_names", "initial_lr")
+_GROUP_KEYS = ("params", "names", "blocks", "lr_factors", "param_names", "initial_lr")
 
 
 @dataclass
@@ -84,7 +85,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The rule's hyperparameters, from a group's settings."""
 
     def _packing(self, group: Group, parameters: Mapping[str, torch.nn.Parameter]) -> Packing:
-        return Packing.elementwise(parameters)
+        return Packing.elementwise(parameters, group_factors(group))
+
+    def rule_of(self, group: Group, packing: Packing) -> UpdateRule:
+        """The rule of a group's settings on these weights, whatever factors their learning rates have."""
+        if packing.parts.keys() == {1.0}:
+            return self._rule(group, packing)
+        return Factored.of(packing, lambda part: self._rule(group, part))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -130,7 +137,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         running = self._running.get(index)
         if running is None:
             parameters = dict(zip(group_names(group), group["params"], strict=True))
-            rule = self._rule(group, self._packing(group, parameters))
+            rule = self.rule_of(group, self._packing(group, parameters))
             captured = CapturedStep(rule, parameters) if group["capture"] else None
             running = self._running[index] = Running(rule, parameters, captured)
         record = self.state[state_key(index)]
@@ -199,7 +206,8 @@ def _layout(group: Mapping[str, Any]) -> tuple[Any, ...]:
     blocks = group.get("blocks")
     plain = blocks and tuple(tuple((p, o, tuple(s), tuple(t), v) for p, o, s, t, v in found) for found in blocks)
     names = group.get("names")
-    return plain, names and tuple(names)
+    factors = group.get("lr_factors")
+    return plain, names and tuple(names), factors and tuple(factors)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -214,4 +222,4 @@ class BlockOptimizer(RuleOptimizer):
     """Base of the optimizers that look at blocks, for example matrices, rather than at elements."""
 
     def _packing(self, group: Group, parameters: Mapping[str, torch.nn.Parameter]) -> Packing:
-        return Packing.shared(parameters, group_blocks(group))
+        return Packing.shared(parameters, group_blocks(group), group_factors(group))

@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch
 
+from tunebench.optim.factored import Averaged, reads_average
 from tunebench.optim.optimizer import BlockOptimizer, Group, RuleOptimizer, state_key
 from tunebench.optim.packing import Packing, Tensors
 from tunebench.optim.rule import UpdateRule
@@ -232,9 +233,9 @@ class AdamWScheduleFree(RuleOptimizer):
         for index, group in enumerate(self.param_groups):
             if group["train_mode"]:
                 group["train_mode"] = False
-                tensors, rule, hyper = self._at_rest(index, group)
+                tensors, averaged, hyper = self._at_rest(index, group)
                 trained = self._weights(index)
-                self._put(index, rule.averaged(trained, tensors, hyper))
+                self._put(index, averaged(trained, tensors, hyper))
                 tensors |= {f"y/{name}": vector for name, vector in trained.items()}
 
     @torch.no_grad()
@@ -247,10 +248,11 @@ class AdamWScheduleFree(RuleOptimizer):
                 kept = [name for name in tensors if name.startswith("y/")]
                 self._put(index, {name.removeprefix("y/"): tensors.pop(name) for name in kept})
 
-    def _at_rest(self, index: int, group: Group) -> tuple[Tensors, ScheduleFreeRule, Tensors]:
+    def _at_rest(self, index: int, group: Group) -> tuple[Tensors, Averaged, Tensors]:
         running = self._prepared(index, group)
-        assert isinstance(running.rule, ScheduleFreeRule)
-        return self.state[state_key(index)]["tensors"], running.rule, running.hyper_on_device(self._hyper(group))
+        averaged = reads_average(running.rule)
+        assert averaged is not None
+        return self.state[state_key(index)]["tensors"], averaged, running.hyper_on_device(self._hyper(group))
 
 
 _RATES = {"learning_rate": "lr", "weight_decay": "weight_decay"}

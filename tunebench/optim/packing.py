@@ -75,6 +75,7 @@ class Segment:
         is_matrix: whether the matrix rule treats it.
         blocks: in packed order.
         buckets: cover the vector in order, without gaps.
+        lr_factor: on the learning rate of these weights.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Segment:
     is_matrix: bool
     blocks: tuple[Block, ...]
     buckets: tuple[Bucket, ...]
+    lr_factor: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -108,41 +110,55 @@ class Packing:
     Args:
         parameters: name to tensor (only shape and dtype are read), in any order.
         blocks: cover every element of every parameter exactly once.
+        factors: on the learning rates of parameters, by name; 1 for those left out.
 
     Attributes:
-        segments: the packed vectors; one per dtype and rule, none of them empty.
+        segments: the packed vectors; one per dtype, rule and factor, none of them empty.
+        parts: by factor, a packing of its weights alone; this one itself where all factors are 1.
 
     Raises:
         ValueError: an element is covered twice or not at all, or a block belongs to no parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], blocks: Iterable[Block]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        blocks: Iterable[Block],
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         # Sorted, so that neither the order of parameters nor that of blocks changes a result.
         self._shapes = {name: torch.Size(parameters[name].shape) for name in sorted(parameters)}
         self._dtypes = {name: parameters[name].dtype for name in self._shapes}
         ordered = sorted(blocks, key=lambda block: (block.parameter, block.offset, block.path))
         _check_cover(self._shapes, ordered)
-        groups: dict[tuple[torch.dtype, bool], list[Block]] = defaultdict(list)
+        factor_of = {name: (factors or {}).get(name, 1.0) for name in self._shapes}
+        groups: dict[tuple[torch.dtype, bool, float], list[Block]] = defaultdict(list)
         for block in ordered:
-            groups[self._dtypes[block.parameter], block.is_matrix].append(block)
+            groups[self._dtypes[block.parameter], block.is_matrix, factor_of[block.parameter]].append(block)
         self.segments = tuple(
-            _segment(dtype, is_matrix, groups[dtype, is_matrix])
-            for dtype, is_matrix in sorted(groups, key=lambda key: (str(key[0]), not key[1]))
+            _segment(*key, groups[key]) for key in sorted(groups, key=lambda key: (str(key[0]), not key[1], key[2]))
         )
+        self.parts = {1.0: self} if set(factor_of.values()) <= {1.0} else _parts(parameters, ordered, factor_of)
         self._names = {dtype: [n for n in self._shapes if self._dtypes[n] is dtype] for dtype in self._dtypes.values()}
         self._indices = self._selections()
         self._copies: dict[str, dict[torch.device, torch.Tensor]] = {}
 
     @classmethod
-    def shared(cls, parameters: Mapping[str, torch.Tensor], blocks: Iterable[Block]) -> Packing:
+    def shared(
+        cls,
+        parameters: Mapping[str, torch.Tensor],
+        blocks: Iterable[Block],
+        factors: Mapping[str, float] | None = None,
+    ) -> Packing:
         """One object for all models of this layout: a cohort's trials share its tables, on every device."""
         layout = ((name, tuple(parameter.shape), parameter.dtype) for name, parameter in parameters.items())
-        return _of_layout(tuple(sorted(layout, key=lambda entry: entry[0])), tuple(blocks))
+        apart = tuple(sorted((name, factor) for name, factor in (factors or {}).items() if factor != 1.0))
+        return _of_layout(tuple(sorted(layout, key=lambda entry: entry[0])), tuple(blocks), apart)
 
     @classmethod
-    def elementwise(cls, parameters: Mapping[str, torch.Tensor]) -> Packing:
-        """One vector per dtype, one block per parameter: for rules that never look at a shape."""
-        return cls.shared(parameters, [Block.whole(name, (p.numel(),)) for name, p in parameters.items()])
+    def elementwise(cls, parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float] | None = None) -> Packing:
+        """One vector per dtype and factor, one block per parameter: for rules that never look at a shape."""
+        return cls.shared(parameters, [Block.whole(name, (p.numel(),)) for name, p in parameters.items()], factors)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -216,9 +232,29 @@ class Packing:
 
 
 @lru_cache(maxsize=64)
-def _of_layout(layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], blocks: tuple[Block, ...]) -> Packing:
+def _of_layout(
+    layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
+    blocks: tuple[Block, ...],
+    apart: tuple[tuple[str, float], ...],
+) -> Packing:
     parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in layout}
-    return Packing(parameters, blocks)
+    return Packing(parameters, blocks, dict(apart))
+
+
+def factor_suffix(factor: float) -> str:
+    """What the names of segments with a factor on their learning rate end with."""
+    return "" if factor == 1.0 else f" x{factor!r}"
+
+
+def _parts(
+    parameters: Mapping[str, torch.Tensor], blocks: Sequence[Block], factor_of: Mapping[str, float]
+) -> dict[float, Packing]:
+    """A packing for the weights of each factor."""
+    parts = {}
+    for factor in sorted(set(factor_of.values())):
+        own = {name: parameters[name] for name in parameters if factor_of[name] == factor}
+        parts[factor] = Packing.shared(own, [block for block in blocks if block.parameter in own])
+    return parts
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -244,7 +280,7 @@ def _check_cover(shapes: Mapping[str, torch.Size], blocks: Sequence[Block]) -> N
             raise ValueError(f"{name}: found {wrong} elements in no block or in several, allowed: each in exactly one")
 
 
-def _segment(dtype: torch.dtype, is_matrix: bool, blocks: Sequence[Block]) -> Segment:
+def _segment(dtype: torch.dtype, is_matrix: bool, lr_factor: float, blocks: Sequence[Block]) -> Segment:
     alike: dict[tuple[int, int, int], list[Block]] = defaultdict(list)
     for block in blocks:
         batch, rows, cols = block.matrices
@@ -258,7 +294,8 @@ def _segment(dtype: torch.dtype, is_matrix: bool, blocks: Sequence[Block]) -> Se
         buckets.append(Bucket(start, len(alike[shape]), *shape, upright=len(upright)))
         start = buckets[-1].stop
     rule = "matrix" if is_matrix else "auxiliary"
-    return Segment(f"{rule} {str(dtype).removeprefix('torch.')}", dtype, is_matrix, tuple(ordered), tuple(buckets))
+    name = f"{rule} {str(dtype).removeprefix('torch.')}{factor_suffix(lr_factor)}"
+    return Segment(name, dtype, is_matrix, tuple(ordered), tuple(buckets), lr_factor)
 
 
 def _segment_index(segment: Segment, starts: Mapping[str, int]) -> torch.Tensor:

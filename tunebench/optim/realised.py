@@ -11,8 +11,9 @@ import torch
 from tunebench.optim.blocks import Block
 from tunebench.optim.matrix_view import FctpView, matrix_view, trainable_parameters
 from tunebench.optim.optimizer import RuleOptimizer
+from tunebench.optim.packing import Packing
 
-_NOT_SETTINGS = ("params", "names", "blocks")
+_NOT_SETTINGS = ("params", "names", "blocks", "lr_factors")
 
 # What is left of a rule where no side of a matrix is rotated.
 _UNROTATED = {"soap": "adam", "soap_muon": "orthogonalised adam"}
@@ -34,17 +35,19 @@ def realised_groups(optimizer: RuleOptimizer) -> list[dict[str, Any]]:
     """What each update rule really treats, read off the blocks that the optimizer packs (rule F10).
 
     Returns:
-        One row of plain data per parameter group, rule, view and number of rotated sides: `rule`, `view` (how the rule
-        reads the blocks, see `View`), `blocks`, `tensors` (that hold them), `parameters`, `share` of all weights the
-        optimizer has, the group's `settings` and, for rules that rotate, `rotated_sides` of each matrix. SOAP without a
-        rotated side is Adam and is called so.
+        One row of plain data per parameter group, rule, view, number of rotated sides and learning rate: `rule`,
+        `view` (how the rule reads the blocks, see `View`), `blocks`, `tensors` (that hold them), `parameters`, `share`
+        of all weights the optimizer has, the group's `settings`, for rules that rotate `rotated_sides` of each matrix,
+        and `lr_factor` where the learning rate is not the group's own. SOAP without a rotated side is Adam and is
+        called so.
     """
     rows: dict[tuple[Any, ...], _Row] = {}
     for index, group in enumerate(optimizer.param_groups):
         settings = {name: value for name, value in group.items() if name not in _NOT_SETTINGS}
-        for block in optimizer.packing_of(index).blocks:
+        for factor, block in _blocks(optimizer.packing_of(index)):
             sides = _rotated_sides(optimizer, group, block)
-            row = rows.setdefault((index, _rule(optimizer, block, sides), block.view.value, sides), _Row(settings))
+            key = (index, _rule(optimizer, block, sides), block.view.value, sides, factor)
+            row = rows.setdefault(key, _Row(settings))
             row.blocks += 1
             row.parameters += block.numel
             row.tensors.add(block.parameter)
@@ -98,7 +101,7 @@ def _rule(optimizer: RuleOptimizer, block: Block, rotated_sides: int | None) -> 
 
 
 def _plain(key: tuple[Any, ...], row: _Row, total: int) -> dict[str, Any]:
-    _, rule, view, sides = key
+    _, rule, view, sides, factor = key
     plain = {
         "rule": rule,
         "view": view,
@@ -108,7 +111,13 @@ def _plain(key: tuple[Any, ...], row: _Row, total: int) -> dict[str, Any]:
         "share": row.parameters / total,
         "settings": row.settings,
     }
-    return plain if sides is None else {**plain, "rotated_sides": sides}
+    plain |= {} if sides is None else {"rotated_sides": sides}
+    return plain | ({} if factor == 1.0 else {"lr_factor": factor})
+
+
+def _blocks(packing: Packing) -> list[tuple[float, Block]]:
+    """All blocks, each with the factor on its learning rate."""
+    return [(segment.lr_factor, block) for segment in packing.segments for block in segment.blocks]
 
 
 def _counts(parts: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
@@ -35,10 +35,12 @@ class UpdateRule(Protocol):
 
     Attributes:
         packing: how weights are packed; all dictionaries of weights and gradients are keyed by its segments' names.
-        hyperparameters: names that `update` reads from `hyper`.
     """
 
-    hyperparameters: ClassVar[tuple[str, ...]]
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names that `update` reads from `hyper`."""
+        ...
 
     @property
     def packing(self) -> Packing:

@@ -8,11 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from tunebench.engine.checkpoints import FINAL
+from tunebench.engine.checkpoints import FINAL, REFINED
 from tunebench.properties.rows import PropertyRow, write_rows
+from tunebench.study.record import Readout
 
 
-def evaluate_model(model: str, plan_file: Path, out: Path | None = None, device: str = "cpu") -> list[PropertyRow]:
+def evaluate_model(
+    model: str, plan_file: Path, out: Path | None = None, device: str = "cpu", readout: Readout | None = None
+) -> list[PropertyRow]:
     """Rows of all properties of a plan for one model, written to a file where one is named.
 
     Args:
@@ -20,6 +23,7 @@ def evaluate_model(model: str, plan_file: Path, out: Path | None = None, device:
         plan_file: a property plan.
         out: Parquet file, or JSON by its ending.
         device: ``cpu`` or ``cuda``.
+        readout: which weights of a confirm trial; left out, those its final checkpoint evaluates with.
 
     Raises:
         StudyError: the plan is not valid.
@@ -30,18 +34,23 @@ def evaluate_model(model: str, plan_file: Path, out: Path | None = None, device:
     from tunebench.properties.plan import load_plan
 
     plan, base = load_plan(plan_file), plan_file.parent
-    calculator = calculator_named(model, device)
+    calculator = calculator_named(model, device, readout=readout)
     references = references_of(plan, base, device)
-    rows = list(evaluate(calculator, plan, references, model=model_name(model), base=base))
+    rows = list(evaluate(calculator, plan, references, model=model_name(model, readout), base=base))
     if out:
         write_rows(out, rows)
     return rows
 
 
-def model_name(model: str) -> str:
-    """A trial's id for its final checkpoint, else the file's name without its ending, else a teacher's name."""
+def model_name(model: str, readout: Readout | None = None) -> str:
+    """A trial's id for its checkpoints, else the file's name without its ending, else a teacher's name.
+
+    Weights that a readout names are named after it: ``TRIAL.refined``.
+    """
     path = Path(model)
-    return path.parent.name if path.name == FINAL else path.name.split(".")[0]
+    readout = readout or (Readout.REFINED if path.name == REFINED else None)
+    name = path.resolve().parent.name if path.name in (FINAL, REFINED) else path.name.split(".")[0]
+    return f"{name}.{readout}" if readout else name
 
 
 def rows_table(rows: Sequence[PropertyRow]) -> Table:

@@ -18,8 +18,10 @@ from tunebench.properties.registry import AnySettings, check_installed, property
 from tunebench.properties.rows import PropertyRow
 from tunebench.properties.stated import stated_values
 from tunebench.study.paths import existing_file
+from tunebench.workloads.errors import WorkloadError
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from ase.calculators.calculator import Calculator
 
 _log = logging.getLogger(__name__)
@@ -196,11 +198,19 @@ def _stated(reference: Reference, entry: str, units: Mapping[str, str], base: Pa
     return Measured(values={name: Value(value=value, unit=units[name]) for name, value in values.items()})
 
 
+def _has_forces(frame: Atoms) -> bool:
+    return frame.calc is not None and frame.calc.results.get("forces") is not None
+
+
 def _from_forces(reference: Reference, entry: str, settings: PhononSettings, base: Path | None) -> Outcome:
     from tunebench.workloads.structure_files import read_structures
 
     named = reference.forces[entry]
-    frames = read_structures(existing_file(named.path, base or Path.cwd()), f"reference.forces.{entry}.path")
+    key = f"reference.forces.{entry}.path"
+    frames = read_structures(existing_file(named.path, base or Path.cwd()), key)
+    bare = next((index for index, frame in enumerate(frames) if not _has_forces(frame)), None)
+    if bare is not None:
+        raise WorkloadError(key, f"{named.path} with no forces in frame {bare}", "frames with forces, eV/Å")
     try:
         return phonons_from_forces(frames, settings, base, displaced_atoms=named.displaced_atoms)
     except PropertyFailure as failure:

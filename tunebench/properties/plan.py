@@ -32,7 +32,9 @@ class ForcesReference(Section):
 class Reference(Section):
     """What errors are measured against: for each entry what is stated, else its forces, else the calculator."""
 
-    calculator: str | None = Field(default=None, description="emt, or the path of a model, run through the same code")
+    calculator: str | None = Field(
+        default=None, description="emt, gfn2-xtb, or a model's path, run through the same code"
+    )
     forces: dict[Name, ForcesReference] = Field(default_factory=dict, description="files of forces by entry")
     values: dict[Name, dict[str, float]] = Field(
         default_factory=dict, description="stated values by entry and quantity, in the quantity's own unit"
@@ -56,8 +58,17 @@ def load_plan(file: Path) -> PropertyPlan:
     """
     check_installed()
     plan = parse(PropertyPlan, read_yaml(file), file)
-    raise_problems(file, [*_structures(plan, file.parent), *_references(plan, file.parent)])
+    raise_problems(file, plan_problems(plan, file.parent))
     return plan
+
+
+def plan_problems(plan: PropertyPlan, base: Path) -> list[Problem]:
+    """What a plan names and cannot be had: structures, files, entries and quantities.
+
+    Raises:
+        ModuleNotFoundError: phonopy is not installed, without which the quantities of phonons are not known.
+    """
+    return [*_structures(plan, base), *_references(plan, base)]
 
 
 def plan_schema() -> dict[str, Any]:

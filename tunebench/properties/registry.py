@@ -125,10 +125,14 @@ AnySettings = Annotated[
 
 def check_installed() -> None:
     """Raises RunError where a library of the extra `properties` is missing, which is no failure of a model."""
-    missing = [name for name in ("matcalc", "phonopy") if find_spec(name) is None]
-    if missing:
+    if missing := missing_libraries():
         allowed = "what pip install 'tunebench[properties]' installs"
         raise RunError(f"properties: found no {' and no '.join(missing)}, allowed: {allowed}")
+
+
+def missing_libraries() -> list[str]:
+    """Libraries of the extra `properties` that are not installed."""
+    return [name for name in ("matcalc", "phonopy") if find_spec(name) is None]
 
 
 def property_of(settings: AnySettings) -> Property:

@@ -54,6 +54,34 @@ class PropertyRow:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One point of one curve of one model.
+
+    Attributes:
+        model, entry: as in `PropertyRow`.
+        curve: name, for example ``bands``.
+        branch: which of the curves over the same axis, from 0; -1 for a mark on the axis, which has no y.
+        mark: name of a place on the axis, for example a high-symmetry point; empty for a point.
+        x, y: coordinates.
+        x_unit, y_unit: their units.
+    """
+
+    model: str
+    entry: str
+    curve: str
+    branch: int
+    mark: str
+    x: float
+    y: float | None
+    x_unit: str
+    y_unit: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """A dictionary for JSON."""
+        return asdict(self)
+
+
 def write_rows(file: Path, rows: Sequence[PropertyRow]) -> None:
     """Write rows as Parquet, or as JSON where the file's name ends so, replacing the file at once.
 
@@ -65,13 +93,23 @@ def write_rows(file: Path, rows: Sequence[PropertyRow]) -> None:
         if file.suffix == ".json":
             partial.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
-            _write_parquet(partial, plain)
+            _write_parquet(partial, plain, PropertyRow)
 
 
-def _write_parquet(file: Path, plain: list[dict[str, Any]]) -> None:
+def write_curves(file: Path, points: Sequence[CurvePoint]) -> None:
+    """Write points of curves as Parquet, replacing the file at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(file) as partial:
+        _write_parquet(partial, [point.to_plain() for point in points], CurvePoint)
+
+
+def _write_parquet(file: Path, plain: list[dict[str, Any]], kind: type[PropertyRow | CurvePoint]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {"str": pa.string(), "float | None": pa.float64(), "bool": pa.bool_()}
-    columns = pa.schema([pa.field(column.name, types[str(column.type)]) for column in fields(PropertyRow)])
-    pq.write_table(pa.Table.from_pylist(plain, schema=columns), file)
+    types = {"str": pa.string(), "bool": pa.bool_(), "int": pa.int64()}
+    columns = [pa.field(column.name, types.get(str(column.type), pa.float64())) for column in fields(kind)]
+    pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(columns)), file)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from tunebench.study.initial import ADOPTED
 from tunebench.study.problems import Problem, one_of
 from tunebench.study.search_space import SearchSpace
 from tunebench.study.spec import (
@@ -46,9 +47,25 @@ def study_problems(study: Study) -> Iterator[Problem]:
             yield from _schedule_problems(arm.schedule, f"optimizers[{index}].schedule")
     yield from _objective_problems(study)
     yield from _stage_problems(study)
+    yield from _property_problems(study)
     gpus = study.resources.gpus_per_trial
     if gpus > 1.0:
         yield Problem("resources.gpus_per_trial", gpus, "0 to 1: a trial trains on one GPU or on a part of one")
+
+
+def _property_problems(study: Study) -> Iterator[Problem]:
+    if study.properties and study.keep_checkpoints == "none":
+        yield Problem("keep_checkpoints", study.keep_checkpoints, "confirm or all, because properties need the models")
+    names = [workload.name for workload in study.workloads]
+    taken: set[tuple[str, str]] = set()
+    for index, section in enumerate(study.properties):
+        for name in section.workloads:
+            if name not in names:
+                yield Problem(f"properties[{index}].workloads", name, one_of(names, name))
+        own = {(workload, entry) for workload in section.workloads or names for entry in section.properties}
+        for workload, entry in sorted(own & taken):
+            yield Problem(f"properties[{index}].properties", entry, f"each name once for workload {workload}")
+        taken |= own
 
 
 def space_problems(study: Study, spaces: Mapping[str, SearchSpace]) -> Iterator[Problem]:
@@ -83,6 +100,8 @@ def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
         yield from _extxyz_problems(workload.data, f"{key}.data")
     if isinstance(workload.data, NequipData):
         yield from _nequip_problems(workload.data, f"{key}.data")
+    if workload.init is None and workload.model.preset == ADOPTED:
+        yield Problem(f"{key}.model.preset", ADOPTED, "another preset, or an `init` whose file says all of the model")
     yield from _model_problems(workload.model, f"{key}.model")
     yield from _loss_problems(workload, key)
     yield from _size_problems(workload, key)
@@ -106,7 +125,7 @@ def _nequip_problems(data: NequipData, key: str) -> Iterator[Problem]:
 
 def _model_problems(model: Model, key: str) -> Iterator[Problem]:
     presets = PRESETS[model.family]
-    if model.preset not in presets:
+    if model.preset not in presets and model.preset != ADOPTED:
         yield Problem(f"{key}.preset", model.preset, f"for {model.family}: {one_of(presets, model.preset)}")
     for name in model.arguments:
         if reason := why_left_out(name):

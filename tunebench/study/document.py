@@ -27,7 +27,8 @@ from tunebench.study.search_space import (
     Treats,
     shipped_optimizers,
 )
-from tunebench.study.spec import INTEGER_LIMIT, Study
+from tunebench.study.section import INTEGER_LIMIT
+from tunebench.study.spec import Study
 from tunebench.study.strict_yaml import read_yaml
 
 _MADE_BY = "<!-- Written by `python -m tunebench.study.document`; edit the models or the YAML files, not this page. -->"

@@ -25,15 +25,20 @@ _PACKAGES = (
 def environment(data_hashes: dict[str, str]) -> dict[str, Any]:
     """Versions, source revision, machine and data hashes of this process."""
     return {
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "gpus": _gpus(),
+        "gpus": gpu_names(),
         "revision": _revision(),
         "data": data_hashes,
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on, None where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
@@ -88,7 +93,8 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _gpus() -> list[str]:
+def gpu_names() -> list[str]:
+    """Names and driver versions of this machine's NVIDIA GPUs."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     return _output(command).splitlines()
 

@@ -11,12 +11,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunebench.study.spec import NAME_PATTERN, RULE_PATTERN, InWords, StudyError
+from tunebench.study.section import NAME_PATTERN, RULE_PATTERN, SHA256_PATTERN
+from tunebench.study.spec import InWords, StudyError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _PATTERNS = {
     NAME_PATTERN: "lower-case letters, digits, - and _, with a letter or digit first",
+    SHA256_PATTERN: "a SHA-256 of 64 hexadecimal digits",
     RULE_PATTERN: "a rule from F1 to F19",
 }
 _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {

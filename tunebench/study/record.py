@@ -16,6 +16,10 @@ ENVIRONMENT = "environment.json"
 CURVES = "curves"
 SHORTER_CURVES = "shorter_curves"
 """Curves of a trial at horizons before its last one, ``TRIAL.hSTEPS.parquet``."""
+ERROR_PARTS = "error_parts"
+"""Errors of finished confirm trials by configuration type and by element, ``TRIAL.parquet``, rows of `PART_COLUMNS`."""
+PROPERTIES = "properties"
+"""Physical properties of confirm trials' models, ``MODEL.parquet``, and curves, ``MODEL.curves.parquet``."""
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 REPORT = "report"
@@ -88,6 +92,16 @@ class Metric(StrEnum):
     STRESS_MAE = "stress_mae"
     STRESS_RMSE = "stress_rmse"
 
+
+class Part(StrEnum):
+    """What a part of a split is: frames of one configuration type, or atoms of one element, which have forces alone."""
+
+    CONFIG_TYPE = "config_type"
+    ELEMENT = "element"
+
+
+PART_COLUMNS = ("trial", "split", "readout", "part", "name", "metric", "value", "labels")
+"""``labels`` counts the labelled numbers that an error is of."""
 
 CURVE_COLUMNS = ("trial", "step", "wall_s", "device_s", "split", "metric", "readout", "value")
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunebench.properties.of_study import with_properties
 from tunebench.study import record
 from tunebench.study.checks import space_problems, study_problems
 from tunebench.study.extension import extended
 from tunebench.study.files import replacing
+from tunebench.study.initial import Initial
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
 from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
@@ -69,9 +71,12 @@ def resolve(path: Path) -> ResolvedStudy:
         StudyError: anything wrong, in one line.
     """
     study, spaces = _read(path)
-    problems = [*study_problems(study), *space_problems(study, spaces)]
+    study, contradictions = _with_initial_models(study, path.resolve().parent)
+    problems = [*contradictions, *study_problems(study), *space_problems(study, spaces)]
     study, missing = _with_data_files(study, path.resolve().parent)
     raise_problems(path, [*problems, *missing])
+    if study.properties:
+        study = with_properties(study, path)
     return _resolved(path, study, spaces)
 
 
@@ -144,11 +149,49 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
     del data["engine"], data["resources"]["slots"], data["resources"]["stalled_after_s"]
     if data["confirm"]["refine"] is None:  # a study without it is what it was before there was any
         del data["confirm"]["refine"]
+    if not data["properties"]:
+        del data["properties"]
+    for workload in data["workloads"]:  # likewise
+        if "keys" in workload["data"] and workload["data"]["keys"]["config_type"] is None:
+            del workload["data"]["keys"]["config_type"]
+        if workload["init"] is None:
+            del workload["init"]
+        else:
+            del workload["init"]["path"]  # the file is known by its hash
     for arm in data["optimizers"]:
         del arm["search_space"]
     content = {"study": data, "spaces": {name: space.model_dump(mode="json") for name, space in spaces.items()}}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _with_initial_models(study: Study, folder: Path) -> tuple[Study, list[Problem]]:
+    """The study with the architecture and the hash of every file that `init` names, and what is wrong with them."""
+    problems: list[Problem] = []
+    workloads = []
+    for index, workload in enumerate(study.workloads):
+        adopted, found = (workload, []) if workload.init is None else _adopted(workload, workload.init, folder)
+        workloads.append(adopted)
+        problems += [Problem(f"workloads[{index}].{p.key}", p.found, p.allowed) for p in found]
+    return study.model_copy(update={"workloads": tuple(workloads)}), problems
+
+
+def _adopted(workload: Workload, initial: Initial, folder: Path) -> tuple[Workload, list[Problem]]:
+    from tunebench.workloads.errors import WorkloadError
+    from tunebench.workloads.starting_point import checked_hash  # imports torch
+    from tunebench.workloads.trained_model import adopted_model, read_architecture
+
+    try:
+        path = existing_file(initial.path, folder)
+        located = initial.model_copy(update={"path": str(path)})
+        located = located.model_copy(update={"sha256": checked_hash(located)})
+        model, problems = adopted_model(workload.model, read_architecture(path).model)
+    except NoSuchFileError as error:
+        return workload, [Problem("init.path", initial.path, str(error))]
+    except WorkloadError as error:
+        return workload, [Problem(error.key, error.found, error.allowed)]
+    found = [Problem(f"model.{p.key}", p.found, p.allowed) for p in problems]
+    return workload.model_copy(update={"init": located, "model": model}), found
 
 
 def _with_data_files(study: Study, folder: Path) -> tuple[Study, list[Problem]]:

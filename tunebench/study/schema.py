@@ -17,7 +17,14 @@ def study_schema() -> dict[str, Any]:
 
     It knows keys, types and ranges. What only several keys together can get wrong is left to `load_study`.
     """
-    return schema_of(Study, "tunebench study")
+    from tunebench.properties.plan import PropertyPlan  # which needs `schema_of`
+
+    schema, plan = schema_of(Study, "tunebench study"), PropertyPlan.model_json_schema(mode="validation")
+    schema["$defs"] = plan["$defs"] | schema["$defs"]
+    section = schema["$defs"]["ModelProperties"]["properties"]
+    for name in ("properties", "reference"):  # the study's model takes them as they are, the plan's checks them
+        section[name] = plan["properties"][name] | {"description": section[name]["description"]}
+    return schema
 
 
 def search_space_schema() -> dict[str, Any]:

@@ -9,26 +9,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator
+
+from tunebench.study.initial import Initial
+from tunebench.study.section import INTEGER_LIMIT, RULE_PATTERN, Fraction
+from tunebench.study.section import Name as Name
+from tunebench.study.section import NonNegativeFloat as NonNegativeFloat
+from tunebench.study.section import NonNegativeInt as NonNegativeInt
+from tunebench.study.section import PositiveFloat as PositiveFloat
+from tunebench.study.section import PositiveInt as PositiveInt
+from tunebench.study.section import Section as Section
 
 WATER_BOX = "water-box"
-
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
-RULE_PATTERN = r"^F([1-9]|1[0-9])$"
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-INTEGER_LIMIT = 2**31
-PositiveInt = Annotated[int, Field(ge=1, lt=INTEGER_LIMIT)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=INTEGER_LIMIT)]
-
-
-class Section(BaseModel):
-    """A part of a study file: frozen, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SplitFrames(Section):
@@ -64,6 +56,9 @@ class ExtxyzKeys(Section):
     energy: str = Field(default="energy", description="total energy, eV")
     forces: str = Field(default="forces", description="forces, eV/Å")
     stress: str = Field(default="stress", description="stress, eV/Å³, positive under tension; ignored where absent")
+    config_type: str | None = Field(
+        default=None, description="what a frame is, a text of its info; errors at the end are told apart by it"
+    )
 
 
 class ExtxyzData(Section):
@@ -109,7 +104,8 @@ class Model(Section):
 
     family: Annotated[Family, Field(strict=False, description="nequip or allegro")]
     preset: str = Field(
-        default="tiny", description="tunebench's tiny, small, paper; for nequip also its own S, M, L, XL"
+        default="tiny",
+        description="tunebench's tiny, small, paper; for nequip also its own S, M, L, XL; with `init` that of its file",
     )
     r_max_angstrom: PositiveFloat = Field(default=5.0, description="cutoff")
     dtype: Literal["float32", "float64"] = Field(default="float32", description="model_dtype")
@@ -153,11 +149,14 @@ class Schedule(Section):
 
 
 class Workload(Section):
-    """What is trained: data, model, loss, batch size, horizon and labels."""
+    """What is trained: data, model, initial weights, loss, batch size, horizon and labels."""
 
     name: Name = Field(description="name of the workload in arms and plots")
     data: Data = Field(description="where the frames and their labels come from")
     model: Model = Field(description="what is trained")
+    init: Initial | None = Field(
+        default=None, description="a trained model to start from; left out, weights are drawn by the trial's seed"
+    )
     loss: Loss = Field(default_factory=Loss, description="weights of the training loss")
     labels: Labels = Field(default_factory=Labels, description="partial force supervision")
     batch_size: PositiveInt = Field(default=5, description="frames per step; an incomplete last batch is dropped")
@@ -338,6 +337,33 @@ class Confirm(Section):
     )
 
 
+class Regime(StrEnum):
+    """What a group of properties is about; the report has a section for each."""
+
+    MOLECULE = "molecule"
+    CRYSTAL = "crystal"
+    LIQUID = "liquid"
+
+
+class ModelProperties(Section):
+    """Physical properties of every model of the confirm stage, computed after training; `docs/properties.md`."""
+
+    regime: Annotated[Regime, Field(strict=False)] = Field(description="section of the report; liquid: interfaces too")
+    workloads: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        default=(), description="whose models are measured; left out, those of all workloads"
+    )
+    properties: dict[Name, dict[str, Any]] = Field(
+        min_length=1, description="entries by a name of yours, each a property with its settings and tolerances"
+    )
+    reference: dict[str, Any] = Field(
+        default_factory=dict, description="what errors are measured against: calculator, forces, values, files"
+    )
+    cpus_per_model: PositiveFloat = Field(default=1.0, description="CPU cores that a model's properties are given")
+    gpus_per_model: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="share of a GPU; 0 computes on the CPU, whatever trained the model"
+    )
+
+
 def _slots(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < INTEGER_LIMIT
     if value != "auto" and not number:
@@ -414,6 +440,9 @@ class Study(Section):
     objective: Objective = Field(default_factory=Objective, description="what selects")
     tune: Tune = Field(default_factory=Tune, description="search")
     confirm: Confirm = Field(default_factory=Confirm, description="reruns that rank")
+    properties: Annotated[tuple[ModelProperties, ...], Field(strict=False)] = Field(
+        default=(), description="physical properties of the confirm stage's models; they never select"
+    )
     resources: Resources = Field(default_factory=Resources, description="what a trial gets")
     engine: Annotated[Engine, Field(strict=False)] = Field(
         default=Engine.AUTO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,14 +11,19 @@ from typing import Any
 from tunebench.study.budget import affordable, arm_sentinels, cap_of
 from tunebench.study.plan import ArmPlan, plan_arms, survivors, tune_steps
 from tunebench.study.resolve import ResolvedStudy
-from tunebench.study.spec import Sampler
+from tunebench.study.spec import Refinement, Sampler, Workload
+
+_EVALUATIONS_PER_ITERATION = 1.1
+"""Of the full-batch loss, line search included: 42 to 45 in 40 iterations, docs/curvature.md."""
 
 
 def plan_summary(
     resolved: ResolvedStudy,
     step_seconds: Mapping[str, float] | None = None,
     engines: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
     afforded: Mapping[str, Mapping[int, int]] | None = None,
+    training_frames: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain data: per arm trials, rungs, expected survivors, steps and, where measured, device-seconds.
 
@@ -27,13 +33,22 @@ def plan_summary(
         engines: ``{engine, slots, reason}`` by workload name, where it is known.
         afforded: of a run under a cap, what its journal says that each arm's device-seconds pay for, by the number of
             configurations wanted (`read_afforded`).
+        training_frames: frames of the training split by workload name, over all of which a refinement runs; where they
+            are not known, neither is what a refinement costs.
     """
+    frames = training_frames or {}
     rows = [
-        _row(resolved, arm, (step_seconds or {}).get(arm.name), (afforded or {}).get(arm.name, {}))
+        _row(
+            resolved,
+            arm,
+            (step_seconds or {}).get(arm.name),
+            (afforded or {}).get(arm.name, {}),
+            frames.get(arm.workload.name),
+        )
         | _engine(engines or {}, arm)
         for arm in plan_arms(resolved)
     ]
-    costs = ("expected_tune_device_s", "expected_confirm_device_s", "expected_device_s")
+    costs = (*(f"expected_{part}_device_s" for part in ("tune", "confirm", "refine")), "expected_device_s")
     return {
         "study": resolved.study.name,
         "hash": resolved.hash,
@@ -45,7 +60,7 @@ def plan_summary(
 
 
 def _row(
-    resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None, afforded: Mapping[int, int]
+    resolved: ResolvedStudy, planned: ArmPlan, step_s: float | None, afforded: Mapping[int, int], frames: int | None
 ) -> dict[str, Any]:
     """One arm; under a cap it has as many trials as that pays for if all of them take the measured step."""
     study, horizon = resolved.study, planned.workload.max_steps
@@ -58,7 +73,9 @@ def _row(
     steps = {
         "tune": tune_steps(tune, arm.rungs, horizon, fewest, arm.fidelity),
         "confirm": confirm_trials * horizon,
+        "refine": _refinement_steps(study.confirm.refine, planned.workload, confirm_trials, frames),
     }
+    seconds = {part: None if step_s is None or count is None else step_s * count for part, count in steps.items()}
     return {
         "arm": arm.name,
         "trials": arm.trials,
@@ -73,11 +90,19 @@ def _row(
         "parameters": sorted(arm.space.parameters),
         "expected_tune_steps": steps["tune"],
         "expected_confirm_steps": steps["confirm"],
+        "expected_refine_steps": steps["refine"],
         "step_s": step_s,
-        "expected_tune_device_s": None if step_s is None else step_s * steps["tune"],
-        "expected_confirm_device_s": None if step_s is None else step_s * steps["confirm"],
-        "expected_device_s": None if step_s is None else step_s * sum(steps.values()),
+        **{f"expected_{part}_device_s": known for part, known in seconds.items()},
+        "expected_device_s": _sum_known(seconds.values()),
     }
+
+
+def _refinement_steps(how: Refinement | None, workload: Workload, trials: int, frames: int | None) -> int | None:
+    """Training steps that see as many frames as the refinements do where none ends early; None where not known."""
+    if how is None:
+        return 0
+    evaluations = 1 + math.ceil(_EVALUATIONS_PER_ITERATION * how.steps)
+    return None if frames is None else trials * math.ceil(evaluations * frames / workload.batch_size)
 
 
 def _within_cap(resolved: ResolvedStudy, arm: ArmPlan, step_s: float | None, afforded: Mapping[int, int]) -> ArmPlan:

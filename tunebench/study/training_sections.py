@@ -47,13 +47,29 @@ def training_sections(
     """
     return {
         "_target_": f"nequip.train.{_MODULES[readout]}",
-        "optimizer": optimizer_config(optimizer, hyper),
+        "optimizer": optimizer_section(workload, optimizer, hyper),
         "lr_scheduler": lr_scheduler(schedule, horizon or workload.max_steps),
         "loss": loss_section(workload.loss, partial_forces=workload.labels.force_fraction < 1),
         "val_metrics": metrics_section(workload.loss),
         "test_metrics": metrics_section(workload.loss),
         **({"ema_decay": workload.ema_decay} if readout is Readout.EMA else {}),
     }
+
+
+def optimizer_section(workload: Workload, optimizer: str, hyper: Hyperparameters) -> dict[str, Any]:
+    """The `optimizer` section: the rule with its settings, and what it treats where that is not the whole model.
+
+    Args:
+        workload: what is trained, and from which weights.
+        optimizer: name of the update rule.
+        hyper: its hyperparameters.
+    """
+    section, initial = optimizer_config(optimizer, hyper), workload.init
+    if initial is None or not initial.chooses:
+        return section
+    groups = section.get("param_groups", {"_target_": "tunebench.optim.weight_groups"})
+    train = list(initial.train) if isinstance(initial.train, tuple) else initial.train
+    return section | {"param_groups": {**groups, "train": train, "lr_factors": dict(initial.lr_factors)}}
 
 
 def lr_scheduler(schedule: Schedule, horizon: int) -> dict[str, Any]:

@@ -16,9 +16,12 @@ from ray.exceptions import RayActorError
 
 from tunebench.engine.task import TrialTask
 from tunebench.engine.watchdog import Watchdog
+from tunebench.study.storage import Storage, StorageError
 from tunebench.tuning.handle import Handle
-from tunebench.tuning.trial_log import log_to
+from tunebench.tuning.node_copy import run_here, task_here
+from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
 from tunebench.workloads.data import graphs_folder
+from tunebench.workloads.errors import WorkloadError
 
 if TYPE_CHECKING:
     from tunebench.tuning.cohort_loop import Breakdown, Report
@@ -48,26 +51,33 @@ class CohortActor:
         number: its name in the pool.
         pool: is told when a trial has left and when the cohort has broken.
         threads: of the device's CPU work.
-        log_file: for what belongs to no single trial.
-        stalled_after_s: as the study says. stall: file of its watchdog.
+        run: the run directory, whose logs take what belongs to no single trial. storage: of the run, or None.
+        stalled_after_s: as the study says.
     """
 
     def __init__(
-        self, number: int, pool: Handle, threads: int, log_file: Path, stalled_after_s: float | None, stall: Path
+        self,
+        number: int,
+        pool: Handle,
+        threads: int,
+        run: Path,
+        storage: Storage | None,
+        stalled_after_s: float | None,
     ) -> None:
         from tunebench.tuning.cohort_loop import CohortLoop  # imports torch and NequIP, in this process only
 
         self._number, self._pool = number, pool
         self._lodgers: dict[str, _Lodger] = {}
         self._events: asyncio.AbstractEventLoop | None = None
-        self._keeps_log = log_to(log_file)
+        logs = run_here(run, storage) / LOGS
+        self._keeps_log = log_to(logs / f"cohort-{number}.log")
         self._keeps_log.__enter__()
         self._cohort = CohortLoop(
             report=self._pass_on,
             resized=self._resized,
             broke=self._broke,
             threads=threads,
-            watchdog=Watchdog(stalled_after_s, stall),
+            watchdog=Watchdog(stalled_after_s, cohort_stall_file(logs, number)),
         )
         self._cohort.start()
 
@@ -81,7 +91,7 @@ class CohortActor:
             Refused: the workload cannot be trained.
         """
         self._events = asyncio.get_running_loop()
-        opened: int = await self._ordered(self._cohort.open, task, slots, most, graphs_folder())
+        opened: int = await self._ordered(self._cohort.open, await self._here(task), slots, most, graphs_folder())
         log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
         return opened
 
@@ -98,7 +108,7 @@ class CohortActor:
         name = task.key.trial_id
         lodger = self._lodgers[name] = _Lodger(asyncio.Queue(), visit)
         try:
-            await self._ordered(self._cohort.join, task)
+            await self._ordered(self._cohort.join, await self._here(task))
         except Refused:
             self._dismiss(name, lodger)
             raise
@@ -162,6 +172,12 @@ class CohortActor:
             lodger.watch.cancel()
         if self._lodgers.get(name) is lodger:
             del self._lodgers[name]
+
+    async def _here(self, task: TrialTask) -> TrialTask:
+        try:
+            return await asyncio.to_thread(task_here, task)
+        except (StorageError, WorkloadError) as error:
+            raise Refused(str(error)) from None
 
     async def _ordered(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Have something done by the cohort's thread; what breaks the cohort never comes back."""

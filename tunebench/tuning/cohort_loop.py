@@ -26,6 +26,7 @@ from tunebench.engine.book import REPEATABLE, TrialBook, crashed, last_evaluatio
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.slots import automatic_slots
 from tunebench.engine.task import Evaluation, TrialTask
+from tunebench.engine.trial_files import TrialFiles
 from tunebench.engine.watchdog import Watchdog
 from tunebench.optim.realised import BrokenPromise
 from tunebench.study.record import Reason
@@ -165,8 +166,10 @@ class CohortLoop:
 
         Raises:
             WorkloadError: the trial cannot be trained.
+            StorageError: its checkpoint cannot be read.
         """
         name = task.key.trial_id
+        TrialFiles(task.storage, task.run, name).fetch()
         self._tasks[name] = task
         self._joined_at = time.monotonic()
         with log_to(trial_log(task.run, name)):
@@ -294,7 +297,9 @@ class CohortLoop:
         self._report(name, Report(evaluation=evaluation, decides=decides))
 
     def _forget(self, name: str) -> None:
-        self._tasks.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            TrialFiles(task.storage, task.run, name).forget()
         self._last.pop(name, None)
         for names in (self._held, self._just_held, self._outside):
             names.discard(name)

@@ -5,6 +5,7 @@ Every node writes, reads what the driver wrote, and tells its versions, devices,
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 import uuid
@@ -13,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunebench.study.environment import environment
+from tunebench.study.environment import gpu_names
+from tunebench.study.software import Difference, Software, differences, software
 
 _ENOUGH_BYTES = 2 * 2**30
 _LARGEST_SKEW_S = 5.0
-_ANSWER_S = 120.0
+_NEEDED = ("torch", "nequip", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +46,12 @@ class NodeReport:
     """What a node tells of itself.
 
     Attributes:
-        packages: version by name, None where it is not installed. gpus: names.
+        software: what it runs. gpus: names.
         reads: whether it sees what the driver wrote. storage_error: why it could not write; empty where it could.
         free_bytes: on the storage. clock_s: its time, seconds since the epoch.
     """
 
-    packages: dict[str, str | None]
+    software: Software
     gpus: list[str]
     reads: bool
     storage_error: str
@@ -57,20 +59,19 @@ class NodeReport:
     clock_s: float
 
 
-def node_report(folder: Path, probe: str) -> NodeReport:
+def node_report(folder: Path, probe: str, content: bytes) -> NodeReport:
     """Look at the machine this runs on: its software, and the storage at `folder`, where the driver left `probe`."""
     own, error, reads, free = folder / f".probe-{uuid.uuid4().hex}", "", False, 0
     try:
-        reads = (folder / probe).is_file()
+        reads = (folder / probe).is_file() and (folder / probe).read_bytes() == content
         own.write_bytes(b"tunebench")
         own.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as problem:
         error = problem.strerror or str(problem)
-    here = environment({})
     return NodeReport(
-        packages=here["packages"],
-        gpus=here["gpus"],
+        software=software(),
+        gpus=gpu_names(),
         reads=reads,
         storage_error=error,
         free_bytes=free,
@@ -85,18 +86,18 @@ def examine(folder: Path, address: str | None) -> list[Finding]:
         folder: where runs will lie; it is made if it is not there.
         address: as of `tunebench run`; None looks at this machine alone.
     """
-    probe = f".probe-{uuid.uuid4().hex}"
+    probe, content = f".probe-{uuid.uuid4().hex}", secrets.token_bytes(64)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / probe).write_bytes(b"tunebench")
+        (folder / probe).write_bytes(content)
     except OSError as problem:
         why = f"{folder}: {problem.strerror}"
         return [Finding(check="storage", where="this machine", found=why, mend="a folder that can be written")]
     try:
-        own = node_report(folder, probe)
+        own = node_report(folder, probe, content)
         found = list(judge("this machine", own, own, 0.0))
         if address:
-            for where, report, skew_s in _nodes(folder.resolve(), probe, address):
+            for where, report, skew_s in _nodes(folder.resolve(), probe, content, address):
                 found += judge(where, report, own, skew_s)
         return found
     finally:
@@ -112,11 +113,7 @@ def judge(where: str, node: NodeReport, driver: NodeReport, skew_s: float) -> It
         driver: what the driver's machine tells, whose versions a node must have.
         skew_s: its clock less the driver's.
     """
-    missing = [name for name in ("torch", "nequip", "ray") if not node.packages.get(name)]
-    other = [f"{n} {v}" for n, v in node.packages.items() if v != driver.packages.get(n)]
-    mend = f"install {', '.join(missing)}" if missing else "the versions of the driver's machine" if other else ""
-    versions = ", ".join(other) or ", ".join(f"{name} {node.packages.get(name)}" for name in ("torch", "nequip", "ray"))
-    yield Finding(check="versions", where=where, found=versions, mend=mend)
+    yield _versions(where, node.software, differences(node.software, driver.software, trains_on_gpu=bool(node.gpus)))
     yield Finding(check="devices", where=where, found=", ".join(node.gpus) or "no GPU; trials train on the CPU")
     if node.storage_error or not node.reads:
         found = node.storage_error or "does not see what the driver wrote"
@@ -133,23 +130,28 @@ def judge(where: str, node: NodeReport, driver: NodeReport, skew_s: float) -> It
     )
 
 
-def _nodes(folder: Path, probe: str, address: str) -> Iterable[tuple[str, NodeReport, float]]:
+def _versions(where: str, node: Software, found: list[Difference]) -> Finding:
+    missing = [name for name in _NEEDED if not node.packages.get(name)]
+    other = any(difference.strict for difference in found)
+    mend = f"install {', '.join(missing)}" if missing else "the versions of the driver's machine" if other else ""
+    told = "; ".join(map(str, found)) or ", ".join(f"{name} {node.packages[name]}" for name in _NEEDED)
+    return Finding(check="versions", where=where, found=told, mend=mend)
+
+
+def _nodes(folder: Path, probe: str, content: bytes, address: str) -> Iterable[tuple[str, NodeReport, float]]:
     """Name, report and clock skew of every node of a cluster, asked on the node itself."""
     from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment
 
     set_ray_environment(address)
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from tunebench.tuning.node_checks import ANSWER_S, address_of, alive_nodes, on_node
 
     with leaving_ray():
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-        look: Any = ray.remote(node_report)
-        for node in ray.nodes():  # type: ignore[no-untyped-call]
-            if not node["Alive"]:
-                continue
-            here = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            ask = look.options(num_cpus=0, scheduling_strategy=here)
-            ray.get(ask.remote(folder, probe), timeout=_ANSWER_S)  # its process starts, which is not the clock's fault
+        for node in alive_nodes():
+            # its process starts, which is not the clock's fault
+            ray.get(on_node(node, node_report, folder, probe, content), timeout=ANSWER_S)
             before = time.time()
-            report = ray.get(ask.remote(folder, probe), timeout=_ANSWER_S)
-            yield node["NodeManagerAddress"], report, report.clock_s - (before + time.time()) / 2.0
+            report = ray.get(on_node(node, node_report, folder, probe, content), timeout=ANSWER_S)
+            yield address_of(node), report, report.clock_s - (before + time.time()) / 2.0

@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
 from tunebench.engine.watchdog import why_ended
 from tunebench.study.spec import Resources
+from tunebench.study.storage import Storage
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.failures import node_is_gone
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.node_checks import Node, Standard, alive_nodes, on_node
+from tunebench.tuning.node_copy import run_here
+from tunebench.tuning.node_watch import NodeWatch
 from tunebench.tuning.placement import Admit, Placement
-from tunebench.tuning.trial_log import log_to
+from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +108,14 @@ class Pool:
 
     Args:
         resources: what the study says of devices, slots and failures.
-        logs: folder of the run's logs.
+        run: the run directory. storage: of the run, or None.
+        standard: what a node must be to get trials; None takes every node as it is.
     """
 
-    def __init__(self, resources: Resources, logs: Path) -> None:
-        self._resources, self._logs = resources, logs
+    def __init__(
+        self, resources: Resources, run: Path, storage: Storage | None = None, standard: Standard | None = None
+    ) -> None:
+        self._resources, self._run, self._storage = resources, run, storage
         self._slots = resources.slots if isinstance(resources.slots, int) else None
         self._losses: Counter[str] = Counter()
         self._placement = Placement()
@@ -123,7 +130,9 @@ class Pool:
         self._background: set[asyncio.Task[None]] = set()
         self._looks = False
         self._others_wait = False
-        self._keeps_log = log_to(logs / "pool.log")
+        self._events: list[str] = []
+        self._watch = NodeWatch(standard, self._tell)
+        self._keeps_log = log_to(run / LOGS / "pool.log")
         self._keeps_log.__enter__()
 
     # --- for the driver --------------------------------------------------------------------------------------------
@@ -137,10 +146,14 @@ class Pool:
             self._later(self._look_at_cluster())
         self._grow()
 
-    async def capacity(self) -> int:
-        """Trials that can be in at once, on all devices of the cluster; at least 1."""
+    async def look(self, heard: int) -> tuple[int, list[str]]:
+        """Trials that can be in at once, on all devices of the cluster, at least 1; and events, but the first ones.
+
+        Args:
+            heard: events that the driver has told already.
+        """
         sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
-        return max(len(self._usable_devices()), 1) * max(sizes, default=1)
+        return max(len(self._usable_devices()), 1) * max(sizes, default=1), self._events[heard:]
 
     async def vacate(self, trial: str, visit: str) -> None:
         """A trial waits at a rung or was stopped: its slot is free, unless it has come back already."""
@@ -200,14 +213,23 @@ class Pool:
 
     async def _look_at_cluster(self) -> None:
         while True:
+            for node in self._watch.newcomers():
+                self._later(self._check(node))
             await asyncio.sleep(_LOOK_AT_CLUSTER_S)
             self._grow()
             self._give_back()
             self._move()
 
+    async def _check(self, node: Node) -> None:
+        await self._watch.check(node)
+        self._grow()
+
+    def _tell(self, event: str) -> None:
+        log.warning("%s", event)
+        self._events.append(event)
+
     def _usable_devices(self) -> list[Device]:
-        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        found = [device for node in nodes for device in self._devices_of(node)]
+        found = [device for node in self._watch.usable() for device in self._devices_of(node)]
         return [device for device in found if self._failed_starts.get(device, 0) < _FAILED_STARTS]
 
     def _devices_of(self, node: Mapping[str, Any]) -> list[Device]:
@@ -238,11 +260,10 @@ class Pool:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(device.threads)}},
         }
         this = ray.get_runtime_context().current_actor
-        log_file, stall = self._logs / f"cohort-{number}.log", self._stall_file(number)
-        stall.unlink(missing_ok=True)  # of an earlier start of the study
+        cohort_stall_file(self._run / LOGS, number).unlink(missing_ok=True)  # of an earlier start of the study
         actor_class: Any = ray.remote(CohortActor)
         limit_s = self._resources.stalled_after_s
-        actor = actor_class.options(**options).remote(number, this, device.threads, log_file, limit_s, stall)
+        actor = actor_class.options(**options).remote(number, this, device.threads, self._run, self._storage, limit_s)
         self._cohorts[number] = _Cohort(device, actor)
         self._later(self._tend(number, actor))
 
@@ -254,12 +275,22 @@ class Pool:
             self._move()
             await actor.lives.remote()
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
-            stalled = why_ended(self._stall_file(number))
+            stalled = await self._stalled(number)
             again = not stalled and node_is_gone(error)  # no trial's fault
             self._lose(number, _End(stalled or _one_line(error), again=again))
 
-    def _stall_file(self, number: int) -> Path:
-        return self._logs / f"cohort-{number}.stalled"
+    async def _stalled(self, number: int) -> str:
+        """Whether a cohort's watchdog has ended it, in words."""
+        if self._storage is None:
+            return why_ended(cohort_stall_file(self._run / LOGS, number))
+        cohort = self._cohorts.get(number)
+        node = next((n for n in alive_nodes() if cohort and n["NodeID"] == cohort.device.node), None)
+        if node is None:
+            return ""
+        try:
+            return str(await asyncio.wait_for(on_node(node, _stalled_here, self._run, self._storage, number), _FATE_S))
+        except (RayError, TimeoutError):  # the node is going, too
+            return ""
 
     def _give_back(self) -> None:
         """End cohorts that have nothing to do, where others wait for devices."""
@@ -388,6 +419,10 @@ class Pool:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("the pool failed", exc_info=task.exception())
+
+
+def _stalled_here(run: Path, storage: Storage | None, number: int) -> str:
+    return why_ended(cohort_stall_file(run_here(run, storage) / LOGS, number))
 
 
 def devices_of(node: str, resources: Mapping[str, float], kind: str, cpus: int) -> list[Device]:

@@ -15,9 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tunebench.engine.task import TrialTask
 from tunebench.study.errors import RunStopped
 from tunebench.study.spec import Resources
+from tunebench.study.storage import Storage
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.node_checks import Standard
 from tunebench.tuning.pool import Pool
-from tunebench.tuning.trial_log import LOGS
 
 _ASK_EVERY_S = 2.0
 _CALLS_AT_ONCE = 4096
@@ -26,38 +27,72 @@ _CALLS_AT_ONCE = 4096
 class PoolClient:
     """The pool of one run; its actor starts with the first trials for it and ends with the driver.
 
+    On a cluster that was joined it looks after the nodes as well, and starts with the first trials of any engine.
+
+    Args:
+        resources: what the study says of devices, slots and failures.
+        run: the run directory.
+        joined: whether the cluster is another one than this machine alone.
+        storage: of the run, or None.
+        say: takes lines for the user.
+
     Attributes:
-        actor: the pool; None before there are trials for it.
+        actor: the pool; None before there is work for it.
     """
 
-    def __init__(self, resources: Resources, run: Path) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        run: Path,
+        *,
+        joined: bool = False,
+        storage: Storage | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.actor: Handle | None = None
-        self._resources, self._run = resources, run.resolve()
-        self._capacity: int = 1
+        self._storage = storage
+        self._resources, self._run, self._joined, self._say = resources, run.resolve(), joined, say
+        self._capacity, self._heard = 1, 0
         self._asked_at = -_ASK_EVERY_S
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles the queue that asks it, and a resumed run makes its own."""
+        return {}
 
     def plan(self, tasks: Mapping[str, TrialTask], *, others_wait: bool) -> None:
         """A stage begins with these trials of the cohort engine; others may wait for the devices."""
-        if self.actor is None and not tasks:
+        if self.actor is None and not tasks and not self._joined:
             return
         if self.actor is None:
             self.actor = self._started()
         ray.get(self.actor.plan.remote(dict(tasks), others_wait))
         self._asked_at = -_ASK_EVERY_S
 
-    def capacity(self) -> int:
-        """Trials that can be in slots at once; asks the pool every few seconds.
+    def look(self) -> None:
+        """Ask the pool, every few seconds, how much room there is, and tell the user what became of nodes.
 
         Raises:
             RunStopped: the pool has died; no trial could go on.
         """
         now = time.monotonic()
-        if self.actor is not None and now - self._asked_at >= _ASK_EVERY_S:
-            self._asked_at = now
-            try:
-                self._capacity = ray.get(self.actor.capacity.remote())
-            except RayActorError as error:
-                raise RunStopped(f"{self._run}: the pool of cohorts has died; run again to go on") from error
+        if self.actor is None or now - self._asked_at < _ASK_EVERY_S:
+            return
+        self._asked_at = now
+        try:
+            self._capacity, events = ray.get(self.actor.look.remote(self._heard))
+        except RayActorError as error:
+            raise RunStopped(f"{self._run}: the pool of cohorts has died; run again to go on") from error
+        self._heard += len(events)
+        for event in events:
+            self._say(event)
+
+    def capacity(self) -> int:
+        """Trials that can be in slots at once.
+
+        Raises:
+            RunStopped: as `look`.
+        """
+        self.look()
         return min(self._capacity, self._resources.concurrent_trials or self._capacity)
 
     def vacate(self, trial: str, visit: str) -> None:
@@ -65,11 +100,18 @@ class PoolClient:
         if self.actor is not None:
             self.actor.vacate.remote(trial, visit)
 
+    def close(self) -> None:
+        """End the pool and its cohorts, whose devices are free then; the next trials for it start another."""
+        if self.actor is not None:
+            ray.kill(self.actor)  # its cohorts belong to it, and end with it
+            self.actor = None
+
     def _started(self) -> Handle:
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
         actor_class: Any = ray.remote(Pool)
-        return actor_class.options(**options).remote(self._resources, self._run / LOGS)
+        standard = Standard.of_driver(self._resources.device, self._run, self._storage) if self._joined else None
+        return actor_class.options(**options).remote(self._resources, self._run, self._storage, standard)
 
 
 class TrialQueue(BasicVariantGenerator):

@@ -14,15 +14,17 @@ from ray.tune.experiment import Trial
 from tunebench.engine.book import last_evaluation, with_losses
 from tunebench.engine.checkpoints import checkpoint_folder, drop_checkpoints
 from tunebench.engine.task import Evaluation
+from tunebench.engine.trial_files import TrialFiles
 from tunebench.engine.watchdog import why_ended
 from tunebench.study.decision import Decision, Fate
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter
 from tunebench.study.record import Reason, TrialKey
+from tunebench.study.run_copy import RunCopy
 from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.failures import reason_of
 from tunebench.tuning.progress import Progress
-from tunebench.tuning.run_folder import disk_is_full
+from tunebench.tuning.run_folder import outside_the_study
 from tunebench.tuning.tenancy import evaluation_of
 from tunebench.tuning.trial_log import stall_file
 
@@ -41,6 +43,7 @@ class Recorder(Callback):
             slot gets free at once.
         stopped: called with the key of a trial that was stopped and its last evaluation.
         obey: called after every step of Tune with what counts the trials that train or are about to.
+        copy: of the run, where trials keep their files in a storage.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class Recorder(Callback):
         left: Callable[[str, Mapping[str, Any]], None] = lambda trial, result: None,
         stopped: Callable[[TrialKey, Evaluation], None] = lambda key, last: None,
         obey: Callable[[Callable[[], int]], None] = lambda active: None,
+        copy: RunCopy | None = None,
     ) -> None:
+        self._copy = copy or RunCopy(progress.run, None)
         self._left, self._stopped, self._obey = left, stopped, obey
         self._journal, self._scheduler, self._keys = journal, scheduler, keys
         self._drop, self._progress, self._engines = drop, progress, engines
@@ -112,23 +117,37 @@ class Recorder(Callback):
         """Close a trial that failed more often than the study allows.
 
         Raises:
-            RunStopped: the disk is full; the trial stays open.
+            RunStopped: the disk is full or the storage failed; the trial stays open.
         """
         key = self._key(trial)
-        stall = why_ended(stall_file(self._progress.run, key.trial_id))
-        error = stall or _error_beside_tune(trial) or trial.get_error()
-        cause = getattr(error, "cause", None) or error or "the trial's process died"
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
-        if disk_is_full(self._progress.run, lines[-1]):  # no fault of the trial, and every further one would crash too
-            raise RunStopped(f"{self._progress.run}: the disk is full; free some space and run again")
+        error, line = self._why_failed(trial)
         self._scheduler.gave_up(key.trial_id)
         self._write_decisions()
         self._count_crash(key)
-        self._finish(key, reason_of(error), {"message": lines[-1][:500]})
+        self._finish(key, reason_of(error), {"message": line[:500]})
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Do not try again what no attempt can mend.
+
+        Raises:
+            RunStopped: as `on_trial_error`.
+        """
+        self._why_failed(trial)
+
+    def _why_failed(self, trial: Trial) -> tuple[object, str]:
+        """The error of a trial's last attempt, and a line about it."""
+        stall = why_ended(stall_file(self._progress.run, self._key(trial).trial_id))
+        error = stall or _error_beside_tune(trial) or trial.get_error()
+        cause = getattr(error, "cause", None) or error or "the trial's process died"
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]  # an exception may have no text
+        if why := outside_the_study(self._progress.run, lines[-1]):  # and every further trial would crash too
+            raise RunStopped(why)
+        return error, lines[-1]
 
     def _count_crash(self, key: TrialKey) -> None:
         """Take in what a trial had done when it crashed, in this start of the study and in earlier ones."""
         run, name = self._progress.run, key.trial_id
+        TrialFiles(self._copy.storage, run, name).fetch()
         last = self._last.get(name) or last_evaluation(run, name) or Evaluation.without_steps(attempts=1)
         self._last[name] = with_losses(last, checkpoint_folder(run, name))
 
@@ -167,6 +186,7 @@ class Recorder(Callback):
         self._progress.finished(key, reason)
         if self._drop(key):
             drop_checkpoints(self._progress.run, key.trial_id)
+            self._copy.drop_checkpoints(key.trial_id)
 
     def _key(self, trial: Trial) -> TrialKey:
         return self._keys[trial.config["trial"]]

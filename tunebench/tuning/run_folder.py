@@ -17,7 +17,9 @@ from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.journal import read_trials
 from tunebench.study.record import JOURNAL, STUDY, STUDY_HASH
 from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.run_copy import take_up, write_storage
 from tunebench.study.spec import StudyError
+from tunebench.study.storage import ALLOWED, STORAGE_FAILED, Storage
 from tunebench.workloads.data import PreparedData
 
 LOCK = ".lock"
@@ -31,14 +33,15 @@ def default_run_folder(resolved: ResolvedStudy, parent: Path) -> Path:
 
 
 @contextmanager
-def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
-    """Hold a run directory for this study, and turn a full disk inside the block into a stop that keeps everything.
+def held_run(resolved: ResolvedStudy, run: Path, storage: Storage | None = None) -> Iterator[None]:
+    """Hold a run directory for this study; a full disk, or storage that fails, is then a stop that keeps everything.
 
-    One driver holds it at a time; the lock goes with its process, however that ends.
+    One driver holds it at a time; the lock goes with its process, however that ends. Where a storage has the run and
+    the directory does not, or not as far, it is made from the storage.
 
     Raises:
         RunError: it cannot be written, is held by another driver, belongs to another study or has no room.
-        RunStopped: the disk filled up.
+        RunStopped: the disk filled up, or the storage failed.
     """
     _make(run)
     with (run / LOCK).open("w") as file:
@@ -46,21 +49,33 @@ def held_run(resolved: ResolvedStudy, run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{run}: another `tunebench run` is working on it, allowed: one at a time") from None
+        if storage is not None:
+            take_up(run, storage)
         _check_study(resolved, run)
+        if storage is not None:
+            write_storage(run, storage)
         _check_wish(run)
         try:
             yield
         except (RunError, RunStopped, Interrupted):
             raise
         except Exception as error:
-            if disk_is_full(run, str(error)):
-                raise RunStopped(f"{run}: the disk is full; free some space and run again") from error
+            if why := outside_the_study(run, str(error)):
+                raise RunStopped(why) from error
             raise
 
 
 def disk_is_full(run: Path, message: str) -> bool:
     """Whether an error comes from a full disk: by its message, or because there is no room for a checkpoint."""
     return os.strerror(errno.ENOSPC) in message or shutil.disk_usage(run).free < KEPT_FREE_BYTES
+
+
+def outside_the_study(run: Path, message: str) -> str:
+    """Why a failure is no fault of the trial that met it: a full disk, or storage that failed; else empty."""
+    if STORAGE_FAILED in message:  # perhaps inside a traceback
+        line, allowed, _ = message[message.index(STORAGE_FAILED) :].splitlines()[0].partition(ALLOWED)
+        return f"{line}{allowed}; everything is kept, run again when it is mended"
+    return f"{run}: the disk is full; free some space and run again" if disk_is_full(run, message) else ""
 
 
 def check_data(run: Path, data: Mapping[str, PreparedData]) -> None:

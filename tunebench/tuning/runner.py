@@ -1,4 +1,4 @@
-"""Runs a study, or goes on with it: prepare, tune, select, confirm.
+"""Runs a study, or goes on with it: prepare, tune, select, confirm, and compute properties of what came out.
 
 The journal decides what is left to do, so a first start, a second start and a start after a kill are one code path.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from tunebench.engine.checkpoints import drop_checkpoints
 from tunebench.engine.task import TrialTask, trial_task
+from tunebench.properties.registry import check_installed
 from tunebench.study.edges import widenings
 from tunebench.study.environment import write_environment
 from tunebench.study.errors import Interrupted, RunError
@@ -25,9 +27,11 @@ from tunebench.study.notice import take_down
 from tunebench.study.plan import ArmPlan, plan_arms, trial_seeds
 from tunebench.study.record import BUILDING, JOURNAL, Reason, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.run_copy import RunCopy, has_run, named_storage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
 from tunebench.study.step_times import Calibration
+from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
@@ -37,6 +41,7 @@ from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
 from tunebench.workloads.data import PreparedData
+from tunebench.workloads.stored_data import store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
@@ -52,11 +57,14 @@ class RunOptions:
         run: the run directory.
         address: Ray cluster to join, None for a cluster of this machine alone.
         extend: further configurations for every arm of a run that has begun.
+        storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
+            lies on a disk that all nodes share, or the run has named a storage before.
     """
 
     run: Path
     address: str | None = None
     extend: int = 0
+    storage: str | None = None
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -67,25 +75,34 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
 
     Raises:
         StudyError: the data contradict the study, or it breaks a rule of a fair comparison that it does not waive.
-        RunError: the run directory belongs to another study or other data, is in use, or has no room.
+        RunError: the run directory belongs to another study or other data, is in use, or has no room; a library that
+            the study's properties need is not installed.
         Interrupted: Ctrl-C; everything is kept.
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    begun = (options.run / JOURNAL).exists()
+    if resolved.study.properties:
+        check_installed()  # before hours of training, not after them
+    storage = named_storage(options.run, options.storage)
+    begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
     if not begun:  # later its ranges may be wider than fair ones are at the start
         refuse_unfair(resolved)
-    with held_run(resolved, options.run):
+    with held_run(resolved, options.run, storage), RunCopy(options.run, storage, partial(_say, console)) as copy:
         if options.extend:
             _extend(resolved, options, console)
         resolved = extended(resolved, options.run)
         data = prepare_workloads(resolved, console)
+        if storage is not None:
+            for prepared in data.values():
+                store_prepared(storage, prepared)
         if not begun:
             check_arms(resolved, data)
-        run = _Run(resolved, options, data, console)
+        run = _Run(resolved, options, data, console, storage, copy)
         with leaving_ray():
             run.tune()
             run.confirm()
+            copy.fetch()
+            run.properties()
     return read_trials(options.run)
 
 
@@ -108,10 +125,16 @@ class _Run:
     """One start of a study on one run directory."""
 
     def __init__(
-        self, resolved: ResolvedStudy, options: RunOptions, data: dict[str, PreparedData], console: Console
+        self,
+        resolved: ResolvedStudy,
+        options: RunOptions,
+        data: dict[str, PreparedData],
+        console: Console,
+        storage: Storage | None,
+        copy: RunCopy,
     ) -> None:
         self._resolved, self._study, self._options = resolved, resolved.study, options
-        self._data, self._console = data, console
+        self._data, self._console, self._storage, self._copy = data, console, storage, copy
         self._arms = plan_arms(resolved)
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
@@ -131,6 +154,7 @@ class _Run:
         for record in self._journal.trials():
             if record.reason is not None and dropped(record.key):
                 drop_checkpoints(self._options.run, record.key.trial_id)
+                self._copy.drop_checkpoints(record.key.trial_id)
         for leftover in self._options.run.glob(f"{BUILDING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         take_down(self._options.run)
@@ -154,6 +178,17 @@ class _Run:
                     key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
                     self._plan(arm, key, record.params)
         self._run_stage(Stage.CONFIRM)
+
+    def properties(self) -> None:
+        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        if not self._study.properties:
+            return
+        set_ray_environment(self._options.address)
+        from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
+
+        if self._pool is not None:
+            self._pool.close()
+        run_properties(self._resolved, self._journal.trials(), self._options, self._copy.storage, self._console)
 
     def _plan_sobol(self) -> None:
         count = max(arm.trials for arm in self._arms)
@@ -190,10 +225,12 @@ class _Run:
         from tunebench.tuning.step_measurement import measured_steps  # imports Ray, which reads its environment now
 
         options = self._options
-        return measured_steps(self._resolved, self._data, searched, options.run, options.address, self._console)
+        return measured_steps(
+            self._resolved, self._data, searched, options.run, options.address, self._console, self._storage
+        )
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        _say(self._console, line)
 
     def _plan_tpe(self, number: int) -> None:
         records = self._journal.trials()
@@ -240,7 +277,13 @@ class _Run:
             from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
             from tunebench.tuning.stage import run_stage
 
-            self._pool = self._pool or PoolClient(self._study.resources, self._options.run)
+            self._pool = self._pool or PoolClient(
+                self._study.resources,
+                self._options.run,
+                joined=self._options.address is not None,
+                storage=self._storage,
+                say=self._say,
+            )
             run_stage(
                 self._resolved,
                 stage,
@@ -249,6 +292,7 @@ class _Run:
                 tasks,
                 self._engines,
                 self._pool,
+                self._copy,
                 self._journal,
                 self._boards,
                 self._options,
@@ -266,7 +310,20 @@ class _Run:
     def _task(self, record: TrialRecord) -> TrialTask:
         arm = next(arm for arm in self._arms if arm.name == record.key.arm)
         data, run = self._data[arm.workload.name], self._options.run.resolve()
-        return trial_task(self._resolved, arm, data, record.key, params=record.params, seeds=record.seeds, run=run)
+        return trial_task(
+            self._resolved,
+            arm,
+            data,
+            record.key,
+            params=record.params,
+            seeds=record.seeds,
+            run=run,
+            storage=self._storage,
+        )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def best_configurations(records: list[TrialRecord], arm: str, count: int) -> list[TrialRecord]:

@@ -17,12 +17,15 @@ from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
-from tunebench.study.record import Reason, Stage, TrialRecord
+from tunebench.study.record import TENSORBOARD, Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Engine, Resources
+from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.engine_choice import EngineChoice
+from tunebench.tuning.node_checks import Standard, check_nodes
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -49,6 +52,7 @@ def run_stage(
     tasks: Mapping[str, TrialTask],
     engines: Mapping[str, EngineChoice],
     pool: PoolClient,
+    copy: RunCopy,
     journal: JournalWriter,
     boards: ArmBoards,
     options: RunOptions,
@@ -67,7 +71,7 @@ def run_stage(
     for record in records:
         progress.planned(record.key, record.reason, record.value)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    join_ray(options.address, study.resources, options.run)
+    join_ray(options.address, study.resources, options.run, copy.storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
@@ -91,13 +95,16 @@ def run_stage(
         left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
         stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
         obey=orders.obey,
+        copy=copy,
     )
     trainable = tune.with_resources(
-        tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve()),
+        tune.with_parameters(
+            train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve(), storage=copy.storage
+        ),
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
-        callbacks = [recorder, Watching(boards)]
+        callbacks = [recorder, Watching(boards, pool)]
         fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
 
 
@@ -141,10 +148,10 @@ def fit(
 
 
 class Watching(tune.Callback):
-    """Shows the arms of a stage while Tune works on it."""
+    """Shows the arms of a stage, and what becomes of the cluster's nodes, while Tune works on it."""
 
-    def __init__(self, boards: ArmBoards) -> None:
-        self._boards = boards
+    def __init__(self, boards: ArmBoards, pool: PoolClient) -> None:
+        self._boards, self._pool = boards, pool
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, and a resumed run makes its own
@@ -152,21 +159,30 @@ class Watching(tune.Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show what is new, where it is time to."""
         self._boards.show_when_due()
+        self._pool.look()
 
 
 def _close_board(task: TrialTask, last: Evaluation) -> None:
     """A stopped trial's process may be gone, and cannot tell a stop from a pause; its end is written here."""
+    folder = task.run / TENSORBOARD / task.key.trial_id
+    before = set(folder.glob("events.*"))
     TrialBoard(task.run, task.key, task.hyperparameters, last.step).close(last, Reason.STOPPED_ASHA)
+    if task.storage is not None:
+        for file in set(folder.glob("events.*")) - before:
+            task.storage.put(file.relative_to(task.run).as_posix(), file)
 
 
 def _trial_id(trial: Any) -> str:
     return str(trial.config["trial"])
 
 
-def join_ray(address: str | None, resources: Resources, run: Path) -> None:
+def join_ray(address: str | None, resources: Resources, run: Path, storage: Storage | None, console: Console) -> None:
     """Join a cluster, or start one on this machine, whose ports ask for the token of `set_ray_environment`.
 
     Does nothing where this process is connected already.
+
+    Raises:
+        RunError: a node of the cluster runs other software than this process, or does not share the run's storage.
     """
     _quiet(run)
     if ray.is_initialized():
@@ -174,6 +190,7 @@ def join_ray(address: str | None, resources: Resources, run: Path) -> None:
     environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
+        check_nodes(Standard.of_driver(resources.device, run, storage), console)
         return
     ray.init(
         address="local",

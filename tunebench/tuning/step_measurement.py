@@ -22,13 +22,16 @@ from tunebench.study.notice import posting
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Resources, StudyError
 from tunebench.study.step_times import CALIBRATION, Calibration
+from tunebench.study.storage import Storage
 from tunebench.tuning.device_budget import Searched
+from tunebench.tuning.node_copy import run_here
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import check_fit, join_ray
 from tunebench.tuning.trial_log import LOGS, log_to
 from tunebench.workloads.data import PreparedData, graphs_folder
 from tunebench.workloads.errors import WorkloadError
+from tunebench.workloads.stored_data import fetch_prepared
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def measured_steps(
     run: Path,
     address: str | None,
     console: Console,
+    storage: Storage | None = None,
 ) -> Calibration:
     """The solo step times of a study's arms, measured by Ray on one device of the kind that its trials get.
 
@@ -58,6 +62,7 @@ def measured_steps(
         run: the run directory.
         address: Ray cluster to join, None for one of this machine alone.
         console: takes lines for the user.
+        storage: of the run, or None.
 
     Raises:
         RunError: in one line, this machine has no such device, or the process that measures has died or failed.
@@ -65,12 +70,12 @@ def measured_steps(
         WorkloadError: data or a model's arguments are refused.
         Interrupted: the run was cancelled or drained.
     """
-    join_ray(address, resolved.study.resources, run)
+    join_ray(address, resolved.study.resources, run, storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resolved.study.resources, waits=address is not None, console=console)
     where = "of this machine" if address is None else "of the cluster"
     _say(console, f"{_MEASURING} on a device {where}; {run / LOGS / _LOG} follows")
-    arguments = resolved, dict(data), dict(searched), run.resolve() / LOGS / _LOG
+    arguments = resolved, dict(data), dict(searched), run.resolve(), storage
     orders = Orders(run)
     with posting(run) as post:
         while True:
@@ -144,7 +149,12 @@ class _Device:
     """A process with a device of its own; as an actor it tells when it has got one."""
 
     def measure(
-        self, resolved: ResolvedStudy, data: Mapping[str, PreparedData], searched: Searched, log_file: Path
+        self,
+        resolved: ResolvedStudy,
+        data: Mapping[str, PreparedData],
+        searched: Searched,
+        run: Path,
+        storage: Storage | None,
     ) -> tuple[Calibration, list[str]]:
         """Returns the table and what was said, which the log has at once."""
         from tunebench.engine.solo import SoloPlan, solo_steps  # imports torch and NequIP, in this process only
@@ -155,7 +165,9 @@ class _Device:
             lines.append(line)
             log.warning(line)
 
-        with log_to(log_file):
+        with log_to(run_here(run, storage) / LOGS / _LOG):
+            if storage is not None:
+                data = {name: fetch_prepared(storage, prepared) for name, prepared in data.items()}
             return solo_steps(resolved, data, searched, SoloPlan(cache=graphs_folder()), say), lines
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from tunebench.engine.watchdog import Watchdog
+from tunebench.study.storage import Storage
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.node_copy import run_here, task_here
 from tunebench.tuning.tenancy import for_tune, rent
 from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
     from tunebench.engine.task import Evaluation, TrialTask
 
 
-def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask], pool: Handle | None, run: Path) -> None:
+def train_trial(
+    config: Mapping[str, Any],
+    tasks: Mapping[str, TrialTask],
+    pool: Handle | None,
+    run: Path,
+    storage: Storage | None = None,
+) -> None:
     """Tune's function trainable; `config["trial"]` names the trial.
 
     Args:
@@ -29,20 +37,24 @@ def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask], pool:
         tasks: trials of the `lightning` engine; all others are tenants.
         pool: where tenants find their places.
         run: the run directory.
+        storage: of the run, where it has one.
     """
     name = config["trial"]
     if name in tasks:
         _train_alone(tasks[name])
     else:
         assert pool is not None
-        rent(name, pool, run)
+        rent(name, pool, run_here(run, storage))
 
 
 def _train_alone(task: TrialTask) -> None:
     from tunebench.engine.book import REPEATABLE, crashed  # imports torch and NequIP in the trial's process only
     from tunebench.engine.lightning import run_trial
+    from tunebench.engine.trial_files import TrialFiles
 
-    name = task.key.trial_id
+    name, task = task.key.trial_id, task_here(task)
+    files = TrialFiles(task.storage, task.run, name)
+    files.fetch()
     with Watchdog(task.stalled_after_s, stall_file(task.run, name)) as watchdog:
 
         def report(evaluation: Evaluation) -> None:
@@ -56,6 +68,8 @@ def _train_alone(task: TrialTask) -> None:
                 run_trial(task, report, watchdog.beat)
         except REPEATABLE as error:  # reported, not raised: Tune would start the trial again
             report(crashed(task, error))
+        finally:
+            files.forget()
 
 
 def _report(evaluation: Evaluation) -> None:

@@ -21,6 +21,11 @@ def stall_file(run: Path, trial: str) -> Path:
     return run / LOGS / f"{trial}.stalled"
 
 
+def cohort_stall_file(logs: Path, cohort: int) -> Path:
+    """Likewise for a cohort's process; `logs` is the folder of the run's logs."""
+    return logs / f"cohort-{cohort}.stalled"
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send this process's log, warnings and the traceback of a failure to a file."""

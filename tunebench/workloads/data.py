@@ -27,7 +27,7 @@ from tunebench.study.spec import ExtxyzData, NequipData, XtbData
 from tunebench.workloads import extxyz, xtb
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.leaks import check_leaks, fingerprints, fingerprints_hash
-from tunebench.workloads.structure_files import file_hash, write_frames
+from tunebench.workloads.structure_files import CONFIG_TYPE, file_hash, write_frames
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,7 +46,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFile:
-    """One split on disk: an extended XYZ file in eV, eV/Å and eV/Å³ with its size and checksum."""
+    """One split on disk: an extended XYZ file in eV, eV/Å and eV/Å³ with its size and checksum.
+
+    Attributes:
+        config_types: what each frame is, empty text where it is not said; empty where no frame says it.
+    """
 
     path: Path
     frames: int
@@ -54,6 +58,7 @@ class SplitFile:
     atoms_max: int
     sha256: str
     fingerprints: str
+    config_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +201,7 @@ def _check_counts(frames: Frames) -> None:
 
 
 def _try_writing(folder: Path) -> None:
-    with _building_of(folder) as building:
+    with building_of(folder) as building:
         (building / "probe").write_bytes(_PROBE)
 
 
@@ -209,8 +214,12 @@ def _sweep(cache: Path) -> None:
 
 
 @contextmanager
-def _building_of(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one, which is gone afterwards unless it was renamed."""
+def building_of(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one, which is gone afterwards unless it was renamed.
+
+    Raises:
+        WorkloadError: the cache cannot be written.
+    """
     building = folder.with_name(f"{_BUILDING}{folder.name}-{secrets.token_hex(6)}")
     try:
         building.mkdir(parents=True)
@@ -224,7 +233,7 @@ def _building_of(folder: Path) -> Iterator[Path]:
 
 
 def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
-    with _building_of(folder) as building:
+    with building_of(folder) as building:
         splits = {split: _write_split(building, split, frames[split], about) for split in frames}
         manifest = {
             **{key: value for key, value in about.items() if key != "fingerprints"},
@@ -234,10 +243,11 @@ def _build(folder: Path, frames: Frames, about: dict[str, Any]) -> None:
             "periodic": any(bool(frame.pbc.any()) for split in frames.values() for frame in split),
         }
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
-        _move(building, folder)
+        move_into_place(building, folder)
 
 
-def _move(building: Path, folder: Path) -> None:
+def move_into_place(building: Path, folder: Path) -> None:
+    """Rename a built folder to its final place, where another process may have put an equal one."""
     try:
         building.rename(folder)
     except OSError:
@@ -250,6 +260,7 @@ def _write_split(building: Path, split: str, frames: list[Atoms], about: dict[st
     path = building / split_file_name(split)
     write_frames(path, frames)
     sizes = [len(frame) for frame in frames]
+    types = [frame.info.get(CONFIG_TYPE, "") for frame in frames]
     return {
         "file": path.name,
         "frames": len(frames),
@@ -257,6 +268,7 @@ def _write_split(building: Path, split: str, frames: list[Atoms], about: dict[st
         "atoms_max": max(sizes),
         "sha256": file_hash(path),
         "fingerprints": about["fingerprints"][split],
+        **({"config_types": types} if any(types) else {}),
     }
 
 
@@ -267,15 +279,16 @@ def _type_names(frames: Frames) -> list[str]:
 
 def _load_split(folder: Path, entry: dict[str, Any]) -> SplitFile:
     path = folder / entry["file"]
-    found = _known_hash(path) if path.is_file() else None
+    found = known_hash(path) if path.is_file() else None
     if found != entry["sha256"]:
         allowed = f"the file its manifest describes (sha256 {entry['sha256'][:12]}); delete the folder to make it anew"
         raise WorkloadError("data", f"{path} (sha256 {found and found[:12]})", allowed)
     fields = {key: entry[key] for key in ("frames", "atoms_min", "atoms_max", "sha256", "fingerprints")}
-    return SplitFile(path=path, **fields)
+    return SplitFile(path=path, config_types=tuple(entry.get("config_types", ())), **fields)
 
 
-def _known_hash(path: Path) -> str:
+def known_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file, computed once per process and state of the file."""
     # A process opens each data set many times; a change shows in these numbers (the last two of them in ns).
     state = path.stat()
     return _hash_in_state(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))

@@ -16,7 +16,7 @@ from tunebench.study.record import OOD_PREFIX, Split
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import ExtxyzData
 from tunebench.workloads.errors import WorkloadError
-from tunebench.workloads.structure_files import file_hash, read_labelled
+from tunebench.workloads.structure_files import CONFIG_TYPE, file_hash, read_labelled
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ def identity(data: ExtxyzData, base: Path) -> dict[str, Any]:
         WorkloadError: a file is missing.
     """
     described = data.model_dump(mode="json")
+    if data.keys.config_type is None:  # data without it are what they were before there was any
+        del described["keys"]["config_type"]
     described.update(
         train=file_hash(_located(data.train, "data.train", base)),
         val=None if data.val is None else file_hash(_located(data.val, "data.val", base)),
@@ -71,6 +73,7 @@ def extxyz_frames(data: ExtxyzData, base: Path, progress: Callable[[str], None])
         progress(f"reading {draw.path.name}")
         pool = read_labelled(draw.path, data.keys, draw.key)
         frames.update(_drawn(pool, draw, data))
+    _check_config_types(frames, data)
     order = [Split.TRAIN, Split.VAL, Split.TEST, *(OOD_PREFIX + name for name in data.ood)]
     return {str(split): frames[split] for split in order}
 
@@ -100,6 +103,13 @@ def _drawn(pool: list[Atoms], draw: _Draw, data: ExtxyzData) -> dict[str, list[A
         drawn[str(split)] = [pool[index] for index in order[start : start + count]]
         start += count
     return drawn
+
+
+def _check_config_types(frames: dict[str, list[Atoms]], data: ExtxyzData) -> None:
+    """Some frames of a file may have no type, but a key that none has is misspelt."""
+    named = data.keys.config_type
+    if named is not None and not any(CONFIG_TYPE in frame.info for split in frames.values() for frame in split):
+        raise WorkloadError("data.keys.config_type", named, "a key of the info of some frame")
 
 
 def _located(text: str, key: str, base: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from nequip.model import NequIPGNNModel
 from nequip.model.nequip_models import FullNequIPGNNModel
 from nequip.utils.global_state import set_global_state
 
+from tunebench.study.initial import ADOPTED
 from tunebench.study.spec import Family, Model
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.model_arguments import SET_BY_TUNEBENCH, why_left_out
@@ -48,13 +49,13 @@ def model_config(model: Model, type_names: Sequence[str], statistics: TrainingSt
         WorkloadError: unknown preset, or an argument that the builder does not have or that the study sets elsewhere.
     """
     presets = PRESETS[model.family]
-    if model.preset not in presets:
+    if model.preset not in presets and model.preset != ADOPTED:
         raise WorkloadError("model.preset", model.preset, ", ".join(presets))
     _check_arguments(model)
     target, _ = _BUILDERS[model.family]
     own = model.family is Family.NEQUIP and model.preset in NEQUIP_OWN_PRESETS
     config: dict[str, Any] = {"_target_": _PRESET_BUILDER, "preset": model.preset} if own else {"_target_": target}
-    config.update(copy.deepcopy(dict(presets[model.preset])))
+    config.update(copy.deepcopy(dict(presets.get(model.preset, {}))))
     config.update(
         seed=seed,
         model_dtype=model.dtype,
@@ -89,10 +90,15 @@ def build_model(config: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
+def builders_of(family: Family) -> tuple[Callable[..., Any], ...]:
+    """A family's builder, and the full form that it hands its arguments to."""
+    _, builders = _BUILDERS[family]
+    return builders
+
+
 def known_arguments(family: Family) -> tuple[str, ...]:
     """The keyword arguments of a family's builder that a study may set."""
-    _, builders = _BUILDERS[family]
-    names = {name for builder in builders for name in _named_parameters(builder)}
+    names = {name for builder in builders_of(family) for name in _named_parameters(builder)}
     return tuple(sorted((names | {"compile_mode"}) - set(SET_BY_TUNEBENCH) - set(_DERIVED_ARGUMENTS)))
 
 

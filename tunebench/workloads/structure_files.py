@@ -32,6 +32,10 @@ Array = NDArray[np.float64]
 _PACKED = {".xz": lzma.LZMAFile, ".gz": gzip.GzipFile}
 
 
+CONFIG_TYPE = "config_type"
+"""Key of `Atoms.info` under which a labelled frame keeps what it is, where the study names such a key of the file."""
+
+
 def labelled_atoms(atoms: Atoms, *, energy: float, forces: Array, stress: Array | None = None) -> Atoms:
     """A copy of the structure with these labels and nothing else attached to it.
 
@@ -152,7 +156,10 @@ def _with_labels(frame: Atoms, keys: ExtxyzKeys, where: str) -> Atoms:
         raise WorkloadError("data.keys.forces", f"{where}: shape {forces.shape}", f"shape ({len(frame)}, 3), eV/Å")
     stress = _available(frame).get(keys.stress)
     stress = None if stress is None else _finite(np.asarray(stress, dtype=np.float64), "stress", where)
-    return labelled_atoms(frame, energy=energy.item(), forces=forces, stress=stress)
+    labelled = labelled_atoms(frame, energy=energy.item(), forces=forces, stress=stress)
+    if keys.config_type in frame.info:
+        labelled.info[CONFIG_TYPE] = str(frame.info[keys.config_type])
+    return labelled
 
 
 def _label(frame: Atoms, role: str, name: str, where: str) -> Array:

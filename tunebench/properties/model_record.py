@@ -1,0 +1,236 @@
+"""The file of one model's properties in a run directory, entry by entry, so that a kill costs one of them at most.
+
+A model has one writer. Whoever reads sees whole entries: rows are written last, and with them an entry
+is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunebench.properties.evaluate import Outcome, compare, measure_one, references_of
+from tunebench.properties.measured import Curve, Measured, PropertyFailure, Value
+from tunebench.properties.of_study import Measurement
+from tunebench.properties.plan import PropertyPlan
+from tunebench.properties.rows import CurvePoint, PropertyRow, write_curves, write_rows
+from tunebench.study.errors import RunError
+from tunebench.study.files import replacing
+from tunebench.study.record import PROPERTIES
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import Calculator
+
+_log = logging.getLogger(__name__)
+
+CURVES_SUFFIX = ".curves.parquet"
+
+
+def rows_file(run: Path, model: str) -> Path:
+    """Where the rows of a model lie; a trial's id is the model that ranks, ``TRIAL.refined`` its refined weights."""
+    return run / PROPERTIES / f"{model}.parquet"
+
+
+def curves_file(run: Path, model: str) -> Path:
+    """Where the curves of a model lie."""
+    return run / PROPERTIES / f"{model}{CURVES_SUFFIX}"
+
+
+def reference_name(section: int) -> str:
+    """Name of a section's reference, as that of a model."""
+    return f"reference-{section}"
+
+
+class ModelRecord:
+    """What is known of one model, written after every entry.
+
+    Args:
+        run: the run directory.
+        model: name.
+    """
+
+    def __init__(self, run: Path, model: str) -> None:
+        self._run, self._model = run, model
+        self._rows: list[dict[str, Any]] = _table(rows_file(run, model))
+        done = self.entries
+        self._points = [point for point in _table(curves_file(run, model)) if point["entry"] in done]
+
+    @property
+    def entries(self) -> frozenset[str]:
+        """Entries that are done, failed ones included."""
+        return frozenset(row["entry"] for row in self._rows)
+
+    def add(self, rows: Sequence[PropertyRow], outcome: Outcome) -> None:
+        """Write one entry more."""
+        if isinstance(outcome, Measured):
+            self._points += [point.to_plain() for point in curve_points(self._model, rows[0].entry, outcome)]
+        self._rows += [row.to_plain() for row in rows]
+        write_curves(curves_file(self._run, self._model), [CurvePoint(**point) for point in self._points])
+        write_rows(rows_file(self._run, self._model), [PropertyRow(**row) for row in self._rows])
+
+
+def measure_model(
+    run: Path,
+    model: str,
+    measured: Sequence[Measurement],
+    calculator: Callable[[], Calculator],
+    beat: Callable[[str], None] = lambda entry: None,
+) -> None:
+    """Compute what a model's record lacks; a model that cannot be opened fails in every entry.
+
+    Args:
+        run: the run directory, which holds the references.
+        model: its name.
+        measured: what is computed of it.
+        calculator: opens it.
+        beat: called before each entry.
+
+    Raises:
+        RunError: a reference cannot be read.
+        WorkloadError: a structure cannot be had.
+    """
+    record = ModelRecord(run, model)
+    opened: Calculator | PropertyFailure | None = None
+    for part in measured:
+        references = read_reference(run, part.section)
+        for entry, settings in part.plan.properties.items():
+            if entry in record.entries:
+                continue
+            beat(entry)
+            if opened is None:
+                opened = _opened(calculator)
+            outcome = opened if isinstance(opened, PropertyFailure) else measure_one(opened, settings)
+            record.add(compare(entry, settings, outcome, references.get(entry), model=model), outcome)
+
+
+def fail_model(run: Path, model: str, measured: Sequence[Measurement], reason: str) -> None:
+    """Record what a model's record lacks as failed, where the process that computes it cannot be kept alive."""
+    failure = PropertyFailure(reason)
+
+    def fails() -> Calculator:
+        raise RunError(str(failure))
+
+    measure_model(run, model, measured, fails)
+
+
+def _opened(calculator: Callable[[], Calculator]) -> Calculator | PropertyFailure:
+    try:
+        return calculator()
+    except RunError as error:
+        _log.warning("%s", error)
+        return PropertyFailure(str(error))
+
+
+def curve_points(model: str, entry: str, measured: Measured) -> list[CurvePoint]:
+    """Points and marks of all curves of an entry."""
+    points = []
+    for name, curve in measured.curves.items():
+        of_curve: dict[str, Any] = {
+            "model": model,
+            "entry": entry,
+            "curve": name,
+            "x_unit": curve.x_unit,
+            "y_unit": curve.y_unit,
+        }
+        columns = curve.y.reshape(len(curve.x), -1).T.tolist()
+        x = curve.x.tolist()
+        points += [
+            CurvePoint(**of_curve, branch=branch, mark="", x=place, y=y)
+            for branch, column in enumerate(columns)
+            for place, y in zip(x, column, strict=True)
+        ]
+        points += [CurvePoint(**of_curve, branch=-1, mark=mark, x=place, y=None) for mark, place in curve.marks]
+    return points
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def make_reference(run: Path, section: int, plan: PropertyPlan, device: str = "cpu") -> None:
+    """Compute what a section's reference lacks, once for all models, and keep it with its curves.
+
+    Raises:
+        RunError: the reference's calculator cannot be had.
+        WorkloadError: a structure or a file cannot be had.
+    """
+    known = read_reference(run, section)
+    for entry, settings in plan.properties.items():
+        if entry not in known:
+            alone = plan.model_copy(update={"properties": {entry: settings}})
+            known |= references_of(alone, device=device)
+            _write_reference(run, section, known)
+    name = reference_name(section)
+    points = [p for e, m in known.items() if isinstance(m, Measured) for p in curve_points(name, e, m)]
+    write_curves(curves_file(run, name), points)
+
+
+def has_reference(run: Path, section: int) -> bool:
+    """Whether a section's reference is complete."""
+    return curves_file(run, reference_name(section)).is_file()
+
+
+def read_reference(run: Path, section: int) -> dict[str, Outcome]:
+    """What is known of a section's reference, by entry.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    file = run / PROPERTIES / f"{reference_name(section)}.json"
+    if not file.is_file():
+        return {}
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return {entry: _outcome(part) for entry, part in plain.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{file}: found {error}, allowed: what this run wrote; delete it to compute it again") from error
+
+
+def _write_reference(run: Path, section: int, outcomes: Mapping[str, Outcome]) -> None:
+    plain = {entry: _plain(outcome) for entry, outcome in outcomes.items()}
+    with replacing(run / PROPERTIES / f"{reference_name(section)}.json") as partial:
+        partial.write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, PropertyFailure):
+        return {"failure": str(outcome)}
+    curves = {
+        name: {**vars(curve), "x": curve.x.tolist(), "y": curve.y.tolist()} for name, curve in outcome.curves.items()
+    }
+    return {"values": {name: asdict(value) for name, value in outcome.values.items()}, "curves": curves}
+
+
+def _outcome(plain: Mapping[str, Any]) -> Outcome:
+    if "failure" in plain:
+        return PropertyFailure(plain["failure"])
+    return Measured(
+        values={name: Value(**value) for name, value in plain["values"].items()},
+        curves={name: _curve(curve) for name, curve in plain["curves"].items()},
+    )
+
+
+def _curve(plain: Mapping[str, Any]) -> Curve:
+    x, y = (np.array(plain[axis], dtype=np.float64) for axis in ("x", "y"))
+    marks = tuple((str(name), float(place)) for name, place in plain["marks"])
+    return Curve(x=x, y=y, x_unit=plain["x_unit"], y_unit=plain["y_unit"], marks=marks)
+
+
+def _table(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file; none where it is absent, or was damaged and is computed again."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        return []
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        _log.warning("%s: cannot be read and is computed again: %s", file, error)
+        return []
+    return rows

@@ -1,0 +1,273 @@
+"""Physical properties of the confirm stage's models, as Ray tasks after training.
+
+A task has one model and is the only writer of its files. What a file holds is not computed again, so a second start
+goes on where a kill came, with the entry that it interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from tunebench.engine.checkpoints import FINAL, REFINED, checkpoint_folder
+from tunebench.properties.model_record import (
+    ModelRecord,
+    fail_model,
+    has_reference,
+    make_reference,
+    measure_model,
+    reference_name,
+)
+from tunebench.properties.of_study import Measurement, measurements
+from tunebench.study.control import Wish
+from tunebench.study.errors import RunError
+from tunebench.study.objective import objective_value, selected_readout
+from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
+from tunebench.study.resolve import ResolvedStudy
+from tunebench.study.spec import ModelProperties, Study
+from tunebench.study.storage import Storage
+from tunebench.tuning.orders import Orders
+from tunebench.tuning.ray_environment import terminate_like_interrupt
+from tunebench.tuning.stage import join_ray
+from tunebench.tuning.trial_log import log_to, trial_log
+
+if TYPE_CHECKING:
+    from tunebench.tuning.runner import RunOptions
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelJob:
+    """One model and what is to be computed of it.
+
+    Attributes:
+        model: its name, which is that of its files.
+        checkpoint: where it lies.
+        readout: which weights; None for a reference, which is the section's own.
+        measured: sections and their plans.
+        cpus, gpus: what its task is given.
+    """
+
+    model: str
+    checkpoint: Path
+    readout: Readout | None
+    measured: tuple[Measurement, ...]
+    cpus: float
+    gpus: float
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        return "cuda" if self.gpus > 0 else "cpu"
+
+    def left(self, run: Path) -> int:
+        """Entries that are not done."""
+        if self.readout is None:
+            return 0 if has_reference(run, self.measured[0].section) else 1
+        done = ModelRecord(run, self.model).entries
+        return sum(entry not in done for part in self.measured for entry in part.plan.properties)
+
+
+def reference_jobs(study: Study) -> list[ModelJob]:
+    """A job for the reference of each section."""
+    jobs = []
+    for index, section in enumerate(study.properties):
+        workload = (section.workloads or (study.workloads[0].name,))[0]
+        own = tuple(part for part in measurements(study, workload) if part.section == index)
+        name = reference_name(index)
+        jobs.append(_job(name, Path(), None, own, study.properties))
+    return jobs
+
+
+def model_jobs(study: Study, records: Sequence[TrialRecord], run: Path) -> list[ModelJob]:
+    """A job for each model that the confirm stage has left: the weights that rank, and the refined ones.
+
+    A trial that did not finish has no model; the analysis counts its properties as failed.
+    """
+    jobs = []
+    for record in records:
+        key = record.key
+        measured = measurements(study, key.workload)
+        readout = ranking_readout(study, record)
+        if key.stage is not Stage.CONFIRM or record.reason is not Reason.FINISHED or not measured or readout is None:
+            continue
+        folder = checkpoint_folder(run, key.trial_id)
+        jobs.append(_job(key.trial_id, folder / FINAL, readout, measured, study.properties))
+        if (folder / REFINED).is_file():
+            name = f"{key.trial_id}.{Readout.REFINED}"
+            jobs.append(_job(name, folder / FINAL, Readout.REFINED, measured, study.properties))
+    return jobs
+
+
+def ranking_readout(study: Study, record: TrialRecord) -> Readout | None:
+    """The readout that counts for a trial under the study's policy, by its validation errors at its end."""
+    errors = record.result.get(Split.VAL, {})
+    objectives = {readout: objective_value(found, study.objective) for readout, found in errors.items()}
+    chosen = selected_readout(objectives, study.objective)
+    return None if chosen is None else Readout(chosen)
+
+
+def run_properties(
+    resolved: ResolvedStudy,
+    records: Sequence[TrialRecord],
+    options: RunOptions,
+    storage: Storage | None,
+    console: Console,
+) -> None:
+    """Compute all properties that are not there, references first.
+
+    With a storage, models are measured on the driver's node, which alone has their checkpoints as files.
+
+    Raises:
+        RunError: a reference cannot be computed, or the driver's node has no room for a model.
+        Interrupted: that was asked; what is done is kept.
+    """
+    study, run = resolved.study, options.run.resolve()
+    jobs = model_jobs(study, records, run)
+    if not any(job.left(run) for job in jobs):
+        return
+    join_ray(options.address, study.resources, run, storage, console)
+    terminate_like_interrupt()  # Ray has set its own handler, which aborts
+    references = reference_jobs(study)
+    node = None if storage is None else _node_with_room([*references, *jobs])
+    _Tasks(run, study, node, console).work_off(references, "references")
+    _Tasks(run, study, node, console).work_off(jobs, "models")
+
+
+def _node_with_room(jobs: Sequence[ModelJob]) -> str:
+    """Ray's id of the driver's node.
+
+    Raises:
+        RunError: it is too small for a job.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (room,) = (node["Resources"] for node in nodes if node["NodeID"] == own)
+    cpus, gpus = room.get("CPU", 0.0), room.get("GPU", 0.0)
+    wanted = max(job.cpus for job in jobs), max(job.gpus for job in jobs)
+    if cpus < wanted[0] or gpus < wanted[1]:
+        raise RunError(
+            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models where "
+            f"they lie in a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs"
+        )
+    return str(own)
+
+
+def _job(
+    name: str,
+    checkpoint: Path,
+    readout: Readout | None,
+    measured: tuple[Measurement, ...],
+    sections: Sequence[ModelProperties],
+) -> ModelJob:
+    """A model that several sections measure gets the most that one of them asks for."""
+    return ModelJob(
+        model=name,
+        checkpoint=checkpoint,
+        readout=readout,
+        measured=measured,
+        cpus=max(sections[part.section].cpus_per_model for part in measured),
+        gpus=max(sections[part.section].gpus_per_model for part in measured),
+    )
+
+
+def _measure(job: ModelJob, run: Path) -> None:
+    """The task: in a process of its own, with the resources of the job."""
+    import torch
+
+    from tunebench.properties.calculators import calculator_from
+
+    torch.set_num_threads(max(int(job.cpus), 1))
+    with log_to(trial_log(run, f"{job.model}.properties")):
+        if job.readout is None:
+            (part,) = job.measured
+            make_reference(run, part.section, part.plan, job.device)
+        else:
+            measure_model(
+                run, job.model, job.measured, lambda: calculator_from(job.checkpoint, job.device, job.readout)
+            )
+
+
+class _Tasks:
+    """Works off jobs on the cluster, and lets them go where something else is asked of the run."""
+
+    def __init__(self, run: Path, study: Study, node: str | None, console: Console) -> None:
+        self._run, self._study, self._node, self._console = run, study, node, console
+        self._orders = Orders(run)
+        self._lost: set[str] = set()
+
+    def work_off(self, jobs: Sequence[ModelJob], what: str) -> None:
+        """Return when all jobs are done.
+
+        Raises:
+            RunError: a reference cannot be had.
+            Interrupted: the run is cancelled or drained.
+        """
+        while left := [job for job in jobs if job.left(self._run)]:
+            self._obey()
+            self._say(f"properties: {len(jobs) - len(left)} of {len(jobs)} {what} done")
+            self._round(left)
+        self._say(f"properties: {len(jobs)} of {len(jobs)} {what} done")
+
+    def _round(self, jobs: Sequence[ModelJob]) -> None:
+        """Start all jobs and wait; Ray runs as many at a time as the cluster has room for."""
+        remote: Any = ray.remote(_measure)
+        where = "DEFAULT" if self._node is None else NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)
+        tasks = {
+            remote.options(
+                num_cpus=job.cpus,
+                num_gpus=job.gpus,
+                max_retries=self._study.resources.max_failures,
+                name=job.model,
+                scheduling_strategy=where,
+            ).remote(job, self._run): job
+            for job in jobs
+        }
+        pending = list(tasks)
+        try:
+            while pending and self._orders.wish() is Wish.RESUME:
+                ready, pending = ray.wait(pending, timeout=_LOOK_EVERY_S)
+                for task in ready:
+                    self._end(task, tasks)
+        finally:
+            for task in pending:
+                ray.cancel(task, force=True)
+
+    def _end(self, task: Any, tasks: Mapping[Any, ModelJob]) -> None:
+        """Take a task's end; one whose process died again and again, or that raised, has failed properties."""
+        job = tasks[task]
+        try:
+            ray.get(task)
+            return
+        except TaskCancelledError:
+            return
+        except RayTaskError as error:
+            reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:300]
+        except ray.exceptions.RayError as error:
+            reason = f"its process ended: {' '.join(str(error).split())[:200]}"
+        if job.readout is None:
+            raise RunError(f"{self._run}: {job.model} of the properties: {reason}")
+        self._say(f"{job.model}: {reason}")
+        fail_model(self._run, job.model, job.measured, reason)
+
+    def _obey(self) -> None:
+        """Wait while the run is paused.
+
+        Raises:
+            Interrupted: it is cancelled or drained.
+        """
+        while self._orders.wish() is Wish.PAUSE:
+            time.sleep(_LOOK_EVERY_S)
+        self._orders.obey()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
