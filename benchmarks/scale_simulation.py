@@ -116,14 +116,17 @@ class Outcome:
         return self.driver_s / max(self.events, 1)
 
 
-class _Capacity:
-    """Says how many slots there are; the pool's side is simulated."""
+class _Pool:
+    """Says how many slots there are; what the pool decides is simulated."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
 
     def capacity(self) -> int:
         return self._slots
+
+    def look(self) -> None:
+        """Nothing becomes of nodes."""
 
 
 class Reports:
@@ -187,7 +190,8 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         keys.__getitem__,
         lambda *given: queue.room_for(*given),
     )
-    queue = TrialQueue(list(keys), keys, _Capacity(load.gpus * load.slots), None, lambda: scheduler.waiting)
+    pool = _Pool(load.gpus * load.slots)
+    queue = TrialQueue(list(keys), keys, pool, None, lambda: scheduler.waiting)
     clock = Clock()
     devices = Devices(load, clock, Reports(load))
     devices.plan(list(keys))
@@ -196,7 +200,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
     recorder = Recorder(
         journal, scheduler, keys, lambda key: True, progress, engines, left=lambda trial, result: devices.vacate(trial)
     )
-    callbacks: list[tune.Callback] = [recorder, Watching(ArmBoards(run, arms, console))]
+    callbacks: list[tune.Callback] = [recorder, Watching(ArmBoards(run, arms, console), pool)]
     controller = _controller(run, queue, scheduler, callbacks, below)
     watch = _Watch(load, clock, devices, len(keys))
     with progress, clock.counting_the_disk():
