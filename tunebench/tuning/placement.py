@@ -31,16 +31,18 @@ class _Cohort:
         slots: 0 while it is not ready.
         trials: who is in.
         closed: its only trial is to stay alone.
+        retired: nobody gets in any more.
     """
 
     workload: str | None = None
     slots: int = 0
     trials: set[str] = field(default_factory=set)
     closed: bool = False
+    retired: bool = False
 
     def room_for(self, applicant: _Applicant) -> int:
         """Free slots for a trial."""
-        if self.closed or (applicant.alone and self.trials):
+        if self.retired or self.closed or (applicant.alone and self.trials):
             return 0
         return self.slots - len(self.trials)
 
@@ -98,6 +100,11 @@ class Placement:
         """A cohort can take trials of the workload it was opened for."""
         self._cohorts[cohort].slots = slots
 
+    def retire(self, cohort: int) -> None:
+        """A cohort is about to go: its trials are still in, nobody else gets in."""
+        if cohort in self._cohorts:
+            self._cohorts[cohort].retired = True
+
     def remove(self, cohort: int) -> set[str]:
         """A cohort is gone; returns the trials that were in."""
         return self._cohorts.pop(cohort, _Cohort()).trials
@@ -107,9 +114,12 @@ class Placement:
     def moves(self) -> list[Admit | Open]:
         """Decide all that can be decided now; what is returned counts as done."""
         found: list[Admit | Open] = []
+        without_room: set[_Applicant] = set()  # who is like one of them need not be looked at
         for trial, applicant in list(self._waiting.items()):
-            number = self._roomiest(applicant)
-            if number is not None:
+            number = None if applicant in without_room else self._roomiest(applicant)
+            if number is None:
+                without_room.add(applicant)
+            else:
                 del self._waiting[trial]
                 self._cohorts[number].trials.add(trial)
                 self._cohorts[number].closed = applicant.alone
@@ -160,7 +170,7 @@ class Placement:
         return best if best is not None and room[best] > 0 else None
 
     def _next_workload(self, cohort: _Cohort) -> str | None:
-        if cohort.trials or (cohort.workload and not cohort.slots):
+        if cohort.retired or cohort.trials or (cohort.workload and not cohort.slots):
             return None
         candidates = [name for name in self._workloads if self._unserved(name) > 0 and name != cohort.workload]
         return max(candidates, key=self._pressure, default=None)
