@@ -61,7 +61,7 @@ for attempt in range(3):
     if attempt == 2:
         ray.kill(busy)
     try:
-        found = step_measurement.measured_steps(resolved, {}, {}, run, None, console)
+        found = step_measurement.measured_steps(resolved, {}, {}, run, None, console, None)
         print("measured", found.date, flush=True)
     except Interrupted as error:
         print(error, flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from tunebench.engine.watchdog import Watchdog
 from tunebench.study.storage import Storage, StorageError
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_copy import run_here, task_here
+from tunebench.tuning.reach import reached
 from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
 from tunebench.workloads.data import graphs_folder
 from tunebench.workloads.errors import WorkloadError
@@ -37,11 +38,23 @@ class Refused(Exception):
 
 @dataclass
 class _Lodger:
-    """A trial that is in, or whose last reports are still to be fetched."""
+    """A trial that is in, or whose last reports are still to be fetched.
 
-    reports: asyncio.Queue[dict[str, Any] | Refused]
+    Attributes:
+        reports: all of its visit, so that one whose answer was lost can be asked for again.
+        entry: joins it to the cohort.
+    """
+
     visit: str
+    reports: list[dict[str, Any] | Refused] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    entry: asyncio.Future[None] | None = None
     watch: asyncio.Task[None] | None = None
+
+    def add(self, report: dict[str, Any] | Refused) -> None:
+        self.reports.append(report)
+        self.news.set()
+        self.news = asyncio.Event()
 
 
 class CohortActor:
@@ -100,13 +113,21 @@ class CohortActor:
         self._cohort.submit(self._cohort.expect, trials)
 
     async def join(self, task: TrialTask, tenant: Handle, visit: str) -> None:
-        """Let a trial in; it is watched, and leaves if its tenant dies.
+        """Let a trial in; it is watched, and leaves if its tenant dies. Who asks again for a visit lets in nobody else.
 
         Raises:
             Refused: the trial cannot be trained.
         """
         name = task.key.trial_id
-        lodger = self._lodgers[name] = _Lodger(asyncio.Queue(), visit)
+        lodger = self._lodgers.get(name)
+        if lodger is None or lodger.visit != visit:
+            lodger = self._lodgers[name] = _Lodger(visit)
+            lodger.entry = asyncio.ensure_future(self._enter(task, tenant, lodger))
+        assert lodger.entry is not None
+        await asyncio.shield(lodger.entry)
+
+    async def _enter(self, task: TrialTask, tenant: Handle, lodger: _Lodger) -> None:
+        name = task.key.trial_id
         try:
             await self._ordered(self._cohort.join, await self._here(task))
         except Refused:
@@ -115,28 +136,34 @@ class CohortActor:
         if self._lodgers.get(name) is lodger:
             lodger.watch = asyncio.create_task(self._watch(name, tenant, lodger))
 
-    async def next_report(self, name: str) -> dict[str, Any]:
-        """The next report of a trial, as soon as there is one.
+    async def next_report(self, name: str, visit: str, heard: int) -> dict[str, Any]:
+        """The next report of a trial's visit after so many that were heard, as soon as there is one.
 
         Raises:
             KeyError: the trial is not in.
             Refused: it cannot be trained.
         """
         lodger = self._lodgers[name]
-        report = await lodger.reports.get()
+        if lodger.visit != visit:
+            raise KeyError(f"{name}: another visit has begun")
+        while len(lodger.reports) <= heard:
+            await lodger.news.wait()
+        lodger.reports[:heard] = [{}] * heard  # nobody asks for them again
+        report = lodger.reports[heard]
         if isinstance(report, Refused):
             raise report
-        if report["evaluation"]["outcome"] is not None:
-            self._dismiss(name, lodger)
         return report
 
-    async def go_on(self, name: str) -> None:
-        """A trial that waits for a decision goes on."""
+    async def go_on(self, name: str, heard: int) -> None:
+        """A trial that waits for a decision after so many reports goes on; said again it means nothing."""
+        lodger = self._lodgers.get(name)
+        if lodger is None or len(lodger.reports) != heard:
+            return
         try:
             await self._ordered(self._cohort.go_on, name)
         except Refused as error:
             if name in self._lodgers:
-                self._lodgers[name].reports.put_nowait(error)
+                self._lodgers[name].add(error)
 
     async def leave(self, name: str, visit: str) -> None:
         """A trial leaves its slot, if it is in; one that has come back since then stays."""
@@ -152,6 +179,10 @@ class CohortActor:
             if was_in:
                 await self._pool.left.remote(self._number, name, visit)
 
+    async def save(self) -> None:
+        """Have every trial leave at the end of its stretch of steps, with all that it has done."""
+        await self._ordered(self._cohort.leave_all)
+
     async def lives(self) -> None:
         """Never returns: who waits for it learns of the actor's death."""
         await asyncio.Event().wait()
@@ -160,7 +191,7 @@ class CohortActor:
         """Free the slot of a trial whose tenant has died."""
         try:
             while True:
-                await tenant.__ray_ready__.remote()  # waits while the tenant works, and fails when it has died
+                await reached(tenant.__ray_ready__.remote)  # waits while the tenant works, and fails when it has died
                 await asyncio.sleep(_LOOK_AFTER_TENANTS_S)
         except RayActorError:
             log.warning("%s: its tenant has died, it leaves", name)
@@ -208,6 +239,6 @@ class CohortActor:
         lodger = self._lodgers.get(name)
         if lodger is None:
             return
-        lodger.reports.put_nowait(plain)
+        lodger.add(plain)
         if plain["evaluation"]["outcome"] is not None:  # it has left its slot
             self._pool.left.remote(self._number, name, lodger.visit)

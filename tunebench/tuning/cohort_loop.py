@@ -216,6 +216,11 @@ class CohortLoop:
                 self._forget(name)
         return True
 
+    def leave_all(self) -> None:
+        """Take every trial out; each goes on elsewhere."""
+        for name in list(self._tasks):
+            self.leave(name, None)
+
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:

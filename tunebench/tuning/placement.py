@@ -31,16 +31,18 @@ class _Cohort:
         slots: 0 while it is not ready.
         trials: who is in.
         closed: its only trial is to stay alone.
+        retired: nobody gets in any more.
     """
 
     workload: str | None = None
     slots: int = 0
     trials: set[str] = field(default_factory=set)
     closed: bool = False
+    retired: bool = False
 
     def room_for(self, applicant: _Applicant) -> int:
         """Free slots for a trial."""
-        if self.closed or (applicant.alone and self.trials):
+        if self.retired or self.closed or (applicant.alone and self.trials):
             return 0
         return self.slots - len(self.trials)
 
@@ -97,6 +99,11 @@ class Placement:
     def ready(self, cohort: int, slots: int) -> None:
         """A cohort can take trials of the workload it was opened for."""
         self._cohorts[cohort].slots = slots
+
+    def retire(self, cohort: int) -> None:
+        """A cohort is about to go: its trials are still in, nobody else gets in."""
+        if cohort in self._cohorts:
+            self._cohorts[cohort].retired = True
 
     def remove(self, cohort: int) -> set[str]:
         """A cohort is gone; returns the trials that were in."""
@@ -163,7 +170,7 @@ class Placement:
         return best if best is not None and room[best] > 0 else None
 
     def _next_workload(self, cohort: _Cohort) -> str | None:
-        if cohort.trials or (cohort.workload and not cohort.slots):
+        if cohort.retired or cohort.trials or (cohort.workload and not cohort.slots):
             return None
         candidates = [name for name in self._workloads if self._unserved(name) > 0 and name != cohort.workload]
         return max(candidates, key=self._pressure, default=None)

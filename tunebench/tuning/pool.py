@@ -31,6 +31,7 @@ from tunebench.tuning.node_checks import Node, Standard, alive_nodes, on_node
 from tunebench.tuning.node_copy import run_here
 from tunebench.tuning.node_watch import NodeWatch
 from tunebench.tuning.placement import Admit, Placement
+from tunebench.tuning.reach import reached
 from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class _Cohort:
     device: Device
     actor: Handle
     opened: bool = False
+    leaving: bool = False
     asleep_since: float = math.inf
 
 
@@ -216,9 +218,29 @@ class Pool:
             for node in self._watch.newcomers():
                 self._later(self._check(node))
             await asyncio.sleep(_LOOK_AT_CLUSTER_S)
+            for number in self._on_leaving_nodes():
+                self._later(self._clear_node(number))
             self._grow()
             self._give_back()
             self._move()
+
+    def _on_leaving_nodes(self) -> list[int]:
+        """Cohorts that have not been told yet that their node is to go; what is returned counts as told."""
+        leaving = self._watch.leaving()
+        found = [n for n, cohort in self._cohorts.items() if cohort.device.node in leaving and not cohort.leaving]
+        for number in found:
+            self._cohorts[number].leaving = True
+            self._placement.retire(number)
+        return found
+
+    async def _clear_node(self, number: int) -> None:
+        """Have a cohort's trials saved, to go on elsewhere; its node may be gone before that."""
+        actor = self._cohorts[number].actor
+        try:
+            await reached(actor.save.remote)
+        except (RayActorError, RayTaskError) as error:
+            log.warning("cohort %d could not save its trials: %s", number, _one_line(error))
+        self._lose(number, _End("its node is being drained", again=True))
 
     async def _check(self, node: Node) -> None:
         await self._watch.check(node)
@@ -270,10 +292,10 @@ class Pool:
     async def _tend(self, number: int, actor: Handle) -> None:
         """Take a cohort in when it has started, and out when it has died."""
         try:
-            await actor.__ray_ready__.remote()
+            await reached(actor.__ray_ready__.remote)
             self._placement.add(number)
             self._move()
-            await actor.lives.remote()
+            await reached(actor.lives.remote)
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
             stalled = await self._stalled(number)
             again = not stalled and node_is_gone(error)  # no trial's fault
@@ -305,7 +327,7 @@ class Pool:
         if cohort is None:
             return
         log.warning("cohort %d on node %s ended: %s", number, cohort.device.node, end.message)
-        if not cohort.opened:
+        if not cohort.opened and not cohort.leaving:
             self._failed_starts[cohort.device] = self._failed_starts.get(cohort.device, 0) + 1
         for trial in self._placement.remove(number):
             self._losses[trial] += not end.again
@@ -340,7 +362,7 @@ class Pool:
         if known is None and most * task.workload.max_steps < _MEASURED_FROM[self._resources.device]:
             known = self._usual_size(most)
         try:
-            slots = await actor.open.remote(task, known, most)
+            slots = await reached(lambda: actor.open.remote(task, known, most))
         except RayActorError:  # `_tend` has seen it too
             return
         except RayTaskError as error:
@@ -364,7 +386,8 @@ class Pool:
         if applicant is None or cohort is None:
             return
         try:
-            await cohort.actor.join.remote(self._tasks[trial], applicant.tenant, applicant.visit)
+            join = cohort.actor.join.remote
+            await reached(lambda: join(self._tasks[trial], applicant.tenant, applicant.visit))
         except RayActorError:  # `_lose` lets it wait again
             return
         except RayTaskError as error:
@@ -393,7 +416,8 @@ class Pool:
         if number is None or number not in self._cohorts:
             return
         try:
-            await self._cohorts[number].actor.leave.remote(trial, self._visits[trial])
+            leave, visit = self._cohorts[number].actor.leave.remote, self._visits[trial]
+            await reached(lambda: leave(trial, visit))
         except RayActorError:
             return
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray import tune
 from ray.exceptions import RayActorError, RayTaskError
 
 from tunebench.tuning.handle import Handle
+from tunebench.tuning.reach import get_reached
 from tunebench.tuning.trial_log import log_to, trial_log
 
 log = logging.getLogger(__name__)
@@ -60,12 +62,12 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
     with log_to(trial_log(run, trial)):
         while True:
             visit = uuid.uuid4().hex
-            number, cohort = _call(pool.place.remote(trial, tenant, visit))
+            number, cohort = _call(partial(pool.place.remote, trial, tenant, visit))
             try:
                 _stay(trial, cohort, visit)
                 return
             except RayActorError:
-                fate = _call(pool.fate.remote(number, trial))
+                fate = _call(partial(pool.fate.remote, number, trial))
             if fate.report is not None:
                 tune.report(for_tune(fate.report))
                 return
@@ -76,20 +78,22 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
 
 def _stay(trial: str, cohort: Handle, visit: str) -> None:
     """Pass on reports and decisions until the trial has ended; its slot is free after that, whatever happens."""
+    heard = 0
     try:
         while True:
-            report: dict[str, Any] = _call(cohort.next_report.remote(trial))
+            report: dict[str, Any] = _call(partial(cohort.next_report.remote, trial, visit, heard))
+            heard += 1
             tune.report({**for_tune(report["evaluation"]), VISIT: visit})
             if report["evaluation"]["outcome"] is not None:
                 return
             if report["decides"]:
-                cohort.go_on.remote(trial)
+                _call(partial(cohort.go_on.remote, trial, heard))
     finally:
         cohort.leave.remote(trial, visit)
 
 
-def _call(reference: Any) -> Any:
+def _call(call: Callable[[], Any]) -> Any:
     try:
-        return ray.get(reference)
+        return get_reached(call)
     except RayTaskError as error:
         raise CohortLost(str(error.cause or error).strip().splitlines()[-1]) from error
