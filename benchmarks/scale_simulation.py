@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -56,9 +56,10 @@ from tunebench.tuning.tenancy import for_tune
 
 EVALUATIONS, FACTOR = 40, 3  # of studies/threebpa.yaml
 STEP_S = {"nequip-3": 32 / 4706, "nequip-4": 32 / 793, "allegro": 32 / 1029}
-"""Seconds of a step of a cohort of 32 on one H200 (docs/throughput.md)."""
+"""Seconds of a step of a cohort of 32 on one H200, from a run within 4 % of that in docs/throughput.md."""
 CPUS_PER_GPU = 8
 _WAITED = (1000, 4000, 16000)  # futures
+_COSTS = "costs"
 _FULL = 0.98  # of the slots
 _BUSY = 0.9  # of its time; a driver that is busier falls behind whenever something comes in between
 _ADDED_BY_TUNE = {
@@ -227,7 +228,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         other_s=latencies[False],
         futures=float(np.mean(below.futures)),
         pool_ms=1e3 * devices.pool_s / max(devices.decisions, 1),
-        memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory_bytes=_most_memory_bytes(),
         journal_bytes=(run / JOURNAL).stat().st_size,
     )
 
@@ -309,6 +310,12 @@ class _Trainable:
 
 def _never_run(config: Mapping[str, Any]) -> None:
     raise AssertionError("trials are simulated")
+
+
+def _most_memory_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float] | None:
@@ -468,12 +475,17 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=sys.maxsize, help="end a simulation after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for outcomes as JSON")
-    parser.add_argument("--here", help="costs of Ray as JSON: simulate in this process and print JSON")
+    parser.add_argument(
+        "--here", help=f"costs of Ray as JSON: simulate in this process; {_COSTS}: time them; print JSON"
+    )
     arguments = parser.parse_args()
+    if arguments.here == _COSTS:
+        print(json.dumps(asdict(measure_ray())))
+        return
     if arguments.here:
         print(json.dumps(asdict(one(arguments, arguments.drivers[0], RayCosts(**json.loads(arguments.here))))))
         return
-    costs = measure_ray()
+    costs = RayCosts(**_in_process(_COSTS))
     print(
         f"Ray: {1e6 * costs.call:.0f} us a call, "
         f"{1e6 * costs.wait:.0f} us a wait and {1e6 * costs.wait_each:.2f} us "
@@ -482,18 +494,7 @@ def main() -> None:
     )
     outcomes = []
     for drivers in arguments.drivers:
-        command = [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--drivers",
-            str(drivers),
-            "--here",
-            json.dumps(asdict(costs)),
-        ]
-        environment = {**os.environ, **TUNE_ENVIRONMENT}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        outcomes.append(Outcome(**json.loads(done.stdout.splitlines()[-1])))
+        outcomes.append(Outcome(**_in_process(json.dumps(asdict(costs)), "--drivers", str(drivers))))
         print(told(outcomes[-1]), flush=True)
     if len(outcomes) > 1:
         print(capacities(outcomes, arguments.horizon))
@@ -503,6 +504,15 @@ def main() -> None:
         (arguments.out / "scale.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if len(outcomes) > 1:
             figure(outcomes, arguments.horizon, arguments.out / "scale.png")
+
+
+def _in_process(here: str, *options: str) -> dict[str, Any]:
+    """What this script prints with further options in a process of its own, whose Ray has a token of its own."""
+    environment = {**TUNE_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [sys.executable, __file__, *sys.argv[1:], *options, "--here", here]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

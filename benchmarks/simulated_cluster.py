@@ -187,6 +187,8 @@ class _Cohort:
     members: dict[str, _Tenant] = field(default_factory=dict)
     joining: list[_Tenant] = field(default_factory=list)
     steps: bool = False
+    since: float = 0.0  # when the stretch under way began
+    stepping: int = 0  # trials in it
     waits_until: float = 0.0
     there: bool = False
     busy_s: float = 0.0
@@ -258,8 +260,13 @@ class Devices:
             self._put(self._clock.now + _REPLY_S, lambda: self._leave(tenant))
 
     def used(self) -> tuple[float, float]:
-        """Seconds of all devices, and of all slots, in which a trial has stepped, as far as stretches are over."""
-        return sum(cohort.busy_s for cohort in self._cohorts), sum(cohort.slot_s for cohort in self._cohorts)
+        """Seconds of all devices, and of all slots, in which a trial has stepped until now."""
+        now, gpus, slots = self._clock.now, 0.0, 0.0
+        for cohort in self._cohorts:
+            under_way = min(max(now - cohort.since, 0.0), self._load.stretch_s) if cohort.steps else 0.0
+            gpus += cohort.busy_s + under_way
+            slots += cohort.slot_s + under_way * cohort.stepping
+        return gpus, slots
 
     def taken(self) -> int:
         """Slots that have a trial."""
@@ -322,7 +329,7 @@ class Devices:
         cohort.joining.clear()
         going = [tenant for tenant in cohort.members.values() if not tenant.held]
         if going:
-            cohort.steps = True
+            cohort.steps, cohort.since, cohort.stepping = True, self._at, len(going)
             self._later(self._load.stretch_s, lambda: self._stretched(number, cohort, going))
 
     def _awaits(self, cohort: _Cohort) -> bool:
@@ -331,11 +338,11 @@ class Devices:
 
     def _stretched(self, number: int, cohort: _Cohort, going: list[_Tenant]) -> None:
         cohort.busy_s += self._load.stretch_s
+        cohort.slot_s += self._load.stretch_s * len(going)
         if not cohort.there:
             return
         for tenant in going:
             if tenant.cohort == number and tenant.trial in cohort.members:
-                cohort.slot_s += self._load.stretch_s
                 self._evaluate(tenant)
         cohort.steps = False
         cohort.waits_until = self._at + min(_PATIENCE * self._load.stretch_s, _PATIENCE_S)
