@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint bench docs lock clean
+.PHONY: setup quickstart finetune-quickstart test lint bench docs lock clean
 
 setup: $(INSTALLED)
 
@@ -18,6 +18,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 quickstart: $(INSTALLED)
 	$(BIN)/tunebench run studies/quickstart.yaml
+
+finetune-quickstart: $(INSTALLED)
+	$(BIN)/tunebench pretrain studies/pretrain-molecules.yaml
+	$(BIN)/tunebench run studies/finetune-quickstart.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -42,4 +46,4 @@ lock:
 	rm -rf .lock-venv
 
 clean:
-	rm -rf runs $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs bases $(VENV) .mypy_cache .ruff_cache .pytest_cache

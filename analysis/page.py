@@ -30,7 +30,9 @@ from analysis.ledger import ledgers, spread
 from analysis.load import Run
 from analysis.mean_ranks import mean_ranks
 from analysis.methods import methods
+from analysis.model_metrics import About
 from analysis.page_tables import Table, study_tables, workload_tables
+from analysis.physics import metric_tables, regime_sections
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.refinement import refinement_table, refused
 from analysis.statistics import Interval
@@ -77,6 +79,7 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         uses=uses(run, ranking),
         charts=drawn.by_workload,
         study_charts=drawn.of_study,
+        physics=regime_sections(run, ranking, drawn.of_properties),
         curvature=drawn.curvature,
         curvature_charts=drawn.of_curvature,
         curvature_table=curvature_table(drawn.curvature),
@@ -152,6 +155,7 @@ def _answer(run: Run, workload: WorkloadRanking) -> Answer:
             table
             for table in (
                 *workload_tables(workload),
+                *metric_tables(workload, About.OOD),
                 *part_tables(run, workload.workload, workload.arms),
                 refinement_table(run, workload.workload),
             )

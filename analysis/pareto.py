@@ -60,6 +60,11 @@ def pareto_front(
     )
 
 
+def dominated(table: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Whether another row is at least as good in both columns (lower is better) and better in one, shape (rows,)."""
+    return np.asarray(_dominates(table).any(axis=0))
+
+
 def _dominates(table: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """Whether row i is at least as good as row j in both columns and better in one, shape (rows, rows)."""
     no_worse = (table[:, None, :] <= table[None, :, :]).all(axis=-1)

@@ -15,9 +15,12 @@ from analysis.completeness import missing_work
 from analysis.label_efficiency import LabelEfficiency
 from analysis.label_groups import label_efficiencies
 from analysis.load import Run
+from analysis.metric_results import MetricResult, metric_results
+from analysis.model_metrics import model_metrics, unmeasured
 from analysis.ood_gap import OodGap, ood_gaps
 from analysis.overall import Overall, decide_overall
 from analysis.pareto import ParetoPoint, pareto_front
+from analysis.rank_correlation import ADDS_NOTHING_ABOVE, ADDS_NOTHING_FROM
 from analysis.reselection import Search
 from analysis.search_results import searches_of
 from analysis.selection import finished_trials
@@ -46,6 +49,7 @@ class WorkloadRanking:
             nothing is compared.
         pareto: error against device-seconds of a full run, cheapest arm first; arms without either are absent.
         gaps: error out of distribution over that in it, of every arm; they select and rank nothing.
+        metrics: out-of-distribution errors and errors of physical properties, each with a verdict of its own.
     """
 
     workload: str
@@ -56,6 +60,7 @@ class WorkloadRanking:
     family_p: float | None
     pareto: tuple[ParetoPoint, ...]
     gaps: tuple[OodGap, ...]
+    metrics: tuple[MetricResult, ...]
     arms: tuple[ArmResult, ...]
 
 
@@ -98,6 +103,10 @@ def rank(run: Run) -> Ranking:
             "tie": "90 % interval of the difference inside one seed standard deviation",
             "redrawn": "95 % percentile interval of 10000 seeded draws of configurations and seeds, alike in both arms",
             "failed_seed": "inf, never dropped",
+            "metric": "IQM over seeds of an out-of-distribution error or of |value - reference| of a property, inf "
+            "where it failed; numbered frequencies are one metric, their mean absolute error",
+            "adds_nothing": "Spearman's correlation with the test force error above "
+            f"{ADDS_NOTHING_ABOVE} over at least {ADDS_NOTHING_FROM} optimizers",
         },
         checks=(*checks, *budget_audits(run, {w.workload: w.arms for w in workloads})),
         overall=decide_overall(errors, seed=named_seed(run.study.seed, "bootstrap", "overall")),
@@ -131,6 +140,15 @@ def _rank_workload(run: Run, workload: str, checks: tuple[Check, ...]) -> Worklo
         family_p=max((1.0 if c.p is None else c.p for c in comparisons), default=None),
         pareto=_pareto(run, workload, rivals),
         gaps=ood_gaps(results),
+        metrics=metric_results(
+            model_metrics(run, workload, rivals),
+            forces_by_seed(rivals),
+            missing=missing,
+            unmeasured=unmeasured(run, workload, rivals),
+            failed_checks=[check.name for check in checks if check.forbids_winner(workload)],
+            exploratory=exploratory,
+            seed=lambda metric, drawn: named_seed(run.study.seed, "bootstrap", workload, metric, drawn),
+        ),
         arms=(*rivals, *(result for result in results if result.optimizer not in run.rivals)),
     )
 

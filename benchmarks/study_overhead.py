@@ -192,7 +192,7 @@ def ours(run: Path, trials: int) -> Cost:
         arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1), keys.__getitem__
     )
     pool = PoolClient(Resources(), run)
-    queue = TrialQueue((), pool, None, lambda: scheduler.waiting)
+    queue = TrialQueue(list(keys), (), pool, None, lambda: scheduler.waiting)
 
     def close_board(key: TrialKey, last: Evaluation) -> None:
         TrialBoard(run, key, params[key.trial_id], last.step).close(last, Reason.STOPPED_ASHA)
@@ -202,7 +202,7 @@ def ours(run: Path, trials: int) -> Cost:
     meter = Meter()
     callbacks = [recorder, Watching(ArmBoards(run, arms, console), pool), meter]
     with progress:
-        fit(_trainable(run), list(keys), queue, scheduler, callbacks, run, Stage.TUNE, resolved.study.resources)
+        fit(_trainable(run), queue, scheduler, callbacks, run, Stage.TUNE, resolved.study.resources)
     ended = sum(record.reason is not None for record in read_trials(run))
     assert ended == len(keys), f"found {ended} trials that ended, wanted {len(keys)}"
     return Cost(
@@ -253,7 +253,9 @@ SIDES: dict[str, Callable[[Path, int], Cost]] = {"tunebench": ours, "plain Tune"
 
 def measure_here(side: str, trials: int, cpus: int, profile: str | None) -> Cost:
     """Run one side in this process."""
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES)
+    ray.init(
+        "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES
+    )
     with tempfile.TemporaryDirectory() as folder:
         profiler = cProfile.Profile(time.thread_time)  # of the driver's own thread, not of those of Ray
         if profile:

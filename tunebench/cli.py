@@ -182,6 +182,35 @@ def run(
     _fail_for_checks(summary)
 
 
+@app.command("pretrain")
+def pretrain_command(
+    study: StudyFile,
+    out: Annotated[Path | None, typer.Option(help="file to write, ending in .ckpt; else bases/NAME.ckpt")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the one arm of a study to its horizon and keep it as a base model that `init` of other studies takes.
+
+    Hyperparameters are the study's fixed ones and defaults. An interrupted training goes on; another study's file is
+    never overwritten.
+    """
+    from tunebench.pretraining import base_path, check_pretraining, pretrain
+    from tunebench.study.resolve import resolve
+    from tunebench.tuning.preparation import check_arms, prepare_workloads
+
+    resolved, console = resolve(study), _stderr()
+    check_pretraining(resolved)
+    data = prepare_workloads(resolved, console)
+    check_arms(resolved, data)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    (prepared,) = data.values()
+    file = out or base_path(resolved)
+    record = pretrain(resolved, prepared, file, say)
+    _print({"file": str(file), **record}, as_json, lambda found: f"base model: {found['file']}")
+
+
 @app.command()
 def fetch(
     address: Annotated[str, typer.Argument(help="storage of a run, for example s3://bucket/studies/NAME-HASH")],

@@ -53,6 +53,7 @@ class Plan:
         sentinels: the first so many configurations of every arm are sentinels.
         asha: whether the study stops trials early.
         afforded: configurations by optimizer that a cap on device-seconds pays for, where that is not all of them.
+        properties: sections of physical properties; `model_rows` files are the test's own.
         data: the study's data section, with `data_hash` where trials were measured on data that exist.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     sentinels: int = 0
     asha: bool = True
     afforded: Mapping[str, int] = field(default_factory=dict)
+    properties: Sequence[Mapping[str, Any]] = ()
     data: Mapping[str, Any] = field(default_factory=lambda: dict(_DATA))
     data_hash: str = ""
 
@@ -96,6 +98,7 @@ def study_text(plan: Plan) -> str:
                 for name in plan.workloads
             ],
             "optimizers": [{"name": name, **plan.settings.get(name, {})} for name in plan.arms],
+            "properties": [dict(section) for section in plan.properties],
             "waive": dict(plan.waive),
             "objective": {"readout": plan.readout},
             "tune": {"trials_per_arm": plan.trials_per_arm, "sampler": plan.sampler} | cap | stopping,

@@ -2,9 +2,12 @@
 # First process of a host of tests/cluster/lan.py: gives it folders, a shared disk and names of its own, then sshd.
 # Arguments: HOST, the host's folder, the folder that plays the NFS server, folders that it sees unchanged.
 set -eu
-name=$1 own=$2 storage=$3
+hostname "$1"
+# first, since the folders below hide what lies in them
+mount --bind "$2" /mnt
+mount --bind "$3" /srv
+own=/mnt
 shift 3
-hostname "$name"
 
 # what all hosts share, taken into the private folders before these hide the originals
 for folder in "$@"; do
@@ -20,10 +23,9 @@ done
 
 # Names are looked up in a file alone: `ray start` asks for its own several times, each 5 to 10 s where no DNS answers.
 for file in hosts resolv.conf nsswitch.conf; do mount --bind "$own/etc/$file" "/etc/$file"; done
-mount --bind "$storage" /srv
 mount --rbind "$own/root" /root
 mount --bind "$own/run" /run
-mount --rbind "$own/tmp" /tmp # last: the folders of the test may lie below it
+mount --rbind "$own/tmp" /tmp
 mount -t tmpfs -o size=1g tmpfs /dev/shm
 mount -t devpts devpts /dev/pts -o newinstance,ptmxmode=0666,mode=620,gid=5
 mount --bind /dev/pts/ptmx /dev/ptmx

@@ -213,6 +213,7 @@ def local_network(folder: Path, names: Iterable[str], on: Iterable[str]) -> Iter
         "PYTHONPATH": f"/srv/site:{CHECKOUT}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # otherwise whatever else this machine does comes before all trials
     }
     lan = Lan(folder, list(names), list(shared), environment)
     try:

@@ -67,7 +67,9 @@ def test_the_rayjob_has_the_fields_of_its_definition(kind: Kind, text: str) -> N
     schema = json.loads((Path(__file__).parent / "rayjob.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(job)
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/originated-from-cr-name": job["metadata"]["name"]}
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["metadata"]["labels"] == policy["spec"]["podSelector"]["matchLabels"]
 
 
 @pytest.mark.parametrize("typo", ["entrypont: x", "rayClusterSpec: {headGroupSpec: {}, workerGroupSpec: []}"])

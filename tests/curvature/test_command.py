@@ -11,7 +11,11 @@ import pytest
 from tests.analysis.synthetic_run import RUNG, Plan, write_run
 from tests.engine.test_cohort import CrystalTrials
 from tunebench.cli import BAD_INPUT, DONE, run_command
-from tunebench.curvature.measure import planned_steps
+from tunebench.curvature import measure
+from tunebench.curvature.measure import measure_curvature, measure_point, planned_steps
+from tunebench.curvature.record import CurvaturePoint, CurvatureSettings, read_record
+from tunebench.curvature.snapshots import Snapshot
+from tunebench.engine.task import TrialTask
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage
 
@@ -44,6 +48,20 @@ def test_a_trial_is_measured_at_the_steps_asked_for(run: Path, capsys: pytest.Ca
     assert all(row["products"] == 2 * 3 + 3 for row in rows)
     assert (run / "curvature" / f"{TRIAL}.json").is_file()
     assert not (run / "checkpoints").exists()
+
+
+def test_what_was_measured_before_a_kill_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(task: TrialTask, snapshot: Snapshot, settings: CurvatureSettings) -> CurvaturePoint:
+        if snapshot.step == 2:
+            raise KeyboardInterrupt
+        return measure_point(task, snapshot, settings)
+
+    (run / "curvature" / f"{TRIAL}.json").unlink(missing_ok=True)
+    monkeypatch.setattr(measure, "measure_point", killed)
+    few = CurvatureSettings(frames=3, probes=2, steps=3, trace_products=3)
+    with pytest.raises(KeyboardInterrupt):
+        measure_curvature(run, TRIAL, few, lambda line: None, at=(1, 2), device="cpu")
+    assert [point.step for point in read_record(run / "curvature" / f"{TRIAL}.json").points] == [1]
 
 
 def test_rungs_are_those_that_the_trial_came_to(run: Path) -> None:

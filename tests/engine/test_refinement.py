@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from nequip.utils.global_state import set_global_state
 
 from tests.engine.conftest import MakeTask
-from tests.engine.test_cohort import CrystalTrials, crystal_trials
+from tests.engine.test_cohort import CrystalTrials, crystal_trials, run_cohort
 from tunebench.engine import refinement
 from tunebench.engine.checkpoints import REFINED, checkpoint_folder
 from tunebench.engine.cohort import Cohort
@@ -267,3 +268,40 @@ def test_an_error_is_said_and_costs_the_trial_nothing(
         "readout": last.refinement["readout"],
     }
     assert not any("refined" in errors for errors in last.errors.values())
+
+
+def test_a_neighbours_refinement_is_no_time_of_a_trial_that_stands_still_meanwhile(
+    trials: CrystalTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took_s = 1e5  # longer than all the rest, by the books' own clock
+    now = time.perf_counter
+
+    class Clock:
+        ahead_s = 0.0
+
+        def perf_counter(self) -> float:
+            return now() + self.ahead_s
+
+    clock = Clock()
+
+    def refined(task: TrialTask, step: int, *_: Any) -> dict[str, Any] | None:
+        if task.refine is None or step != task.workload.max_steps:
+            return None
+        clock.ahead_s += took_s
+        return {"end": "steps"}
+
+    for module in ("cohort", "book"):
+        monkeypatch.setattr(f"tunebench.engine.{module}.time", clock)
+    monkeypatch.setattr("tunebench.engine.cohort.add_refinement", refined)
+    subject, late = (trials.task("adamw", stage=Stage.CONFIRM, index=index) for index in (0, 1))
+    late = replace(late, time_limit_s=0.5 * took_s)
+    cohort = trials.cohort(2, subject)
+    cohort.join(replace(subject, refine=QUICK))
+    ((_, first),) = cohort.advance()
+    cohort.go_on(subject.key.trial_id)
+    cohort.join(late)
+    reports: dict[str, list[Evaluation]] = run_cohort(cohort)
+    assert first.outcome is None
+    assert reports[subject.key.trial_id][-1].wall_s > took_s
+    assert reports[late.key.trial_id][-1].outcome is Reason.FINISHED
+    assert reports[late.key.trial_id][-1].wall_s < 0.5 * took_s

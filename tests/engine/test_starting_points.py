@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_class
 
 from tests.engine.conftest import Reports
 from tests.workloads.trained_files import model_section, write_checkpoint
@@ -16,7 +17,7 @@ from tunebench.engine.checkpoints import FINAL, checkpoint_folder
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.modules import trial_module
-from tunebench.engine.nequip_config import training_module
+from tunebench.engine.nequip_config import plain_nequip_config, training_module
 from tunebench.engine.promise import check_arm
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
 from tunebench.study.initial import Initial
@@ -136,6 +137,19 @@ def test_both_engines_fine_tune_alike(optimizer, family, init, fine_tuning):
     one, other = by_lightning(replace(task, run=task.run / "l")), by_cohort(replace(task, run=task.run / "c"))
     assert other.errors["val"]["raw"]["forces_mae"] == pytest.approx(one.errors["val"]["raw"]["forces_mae"], rel=1e-3)
     assert other.train_loss == pytest.approx(one.train_loss, rel=1e-3)
+
+
+def test_an_exported_config_begins_where_the_trial_began(fine_tuning):
+    task = fine_tuning("soap", init={"train": CONVOLUTIONS, "lr_factors": {"layer0*": 0.1}})
+    starting_point(task.workload.init, task.workload.model, task.data)
+    section = plain_nequip_config(task, evaluate_every=4)["training_module"]
+    target = get_class(section.pop("_target_"))
+    module = target(num_datasets={"train": 1, "val": 1, "test": 1, "predict": 0}, info_dict=None, **section)
+    start, found = start_of(task), module.model.state_dict()
+    assert all(torch.equal(found[name], start[f"model.{name}"]) for name in found if f"model.{name}" in start)
+    (group,) = module.configure_optimizers()["optimizer"].param_groups
+    assert all("layer" in name or "type_embed" in name for name in group["names"])
+    assert set(group["lr_factors"]) == {0.1, 1.0}
 
 
 def test_slots_of_a_cohort_start_alike_and_part_by_their_data_order(fine_tuning):

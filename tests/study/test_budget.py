@@ -230,7 +230,7 @@ def test_the_plan_of_an_extended_run_counts_its_true_sentinels(tmp_path: Path) -
     start = capped(tmp_path, 400.0, trials_per_arm=16, asha=asha)
     extend(start, tmp_path, 16)
     afforded = {"ethanol/adamw": {16: 16, 32: 32}, "ethanol/schedule_free": {16: 11, 32: 23}}
-    rows = plan_summary(extended(start, tmp_path), {"ethanol/schedule_free": 1e-9}, None, afforded)["arms"]
+    rows = plan_summary(extended(start, tmp_path), {"ethanol/schedule_free": 1e-9}, afforded=afforded)["arms"]
     assert [(row["trials"], row["sentinels"]) for row in rows] == [(32, 12), (23, 12)]
 
 

@@ -12,6 +12,14 @@ from tunebench.study.errors import RunError
 from tunebench.study.record import ENVIRONMENT
 
 
+def test_what_workloads_start_from_is_kept_where_they_start_from_a_model(tmp_path: Path) -> None:
+    assert "initial" not in environment({"ethanol": "abc"}, {})
+    assert write_environment(tmp_path, {"ethanol": "abc"}, {"ethanol": {"digest": "1"}}) == []
+    assert json.loads((tmp_path / "environment.json").read_text())["initial"] == {"ethanol": {"digest": "1"}}
+    (line,) = write_environment(tmp_path, {"ethanol": "abc"}, {"ethanol": {"digest": "2"}})
+    assert line.startswith("initial: {'ethanol': {'digest': '1'}} before")
+
+
 def test_the_environment_names_versions_machine_and_data() -> None:
     now = environment({"ethanol": "abc"})
     assert now["packages"]["torch"] == importlib.metadata.version("torch")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tunebench.study.initial import ADOPTED
+from tunebench.study.lint import lint
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.spec import StudyError
 from tunebench.study.strict_yaml import write_yaml
@@ -108,6 +109,11 @@ def test_files_that_cannot_be_a_start_are_named(write, base, tmp_path):
         write_base(base, **model)
         with pytest.raises(StudyError, match=line):
             resolve(write())
+
+
+def test_the_rules_name_the_file_that_all_arms_start_from(write, base):
+    (alike,) = [finding for finding in lint(resolve(write())) if finding.rule == "F9"]
+    assert "initial weights and data order are alike in every arm; ethanol starts from base.ckpt (" in alike.reason
 
 
 def test_a_preset_of_a_file_needs_a_file(tmp_path):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tunebench.study.installed import shipped_folder
@@ -12,6 +14,9 @@ from tunebench.study.lint import Finding, Verdict, lint, refuse_unfair, smallest
 from tunebench.study.plan import plan_arms
 from tunebench.study.resolve import ResolvedStudy, resolve
 from tunebench.study.spec import StudyError
+from tunebench.workloads.models import model_config
+from tunebench.workloads.statistics import TrainingStatistics
+from tunebench.workloads.trained_model import adopted_model
 
 STUDIES = sorted(shipped_folder("studies").glob("*.yaml"))
 WORKLOAD: dict[str, Any] = {
@@ -130,12 +135,44 @@ def test_a_waiver_stays_with_the_frozen_study(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "study.yaml").read_text())["waive"] == {"F12": "short runs only"}
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_every_shipped_study_passes_or_says_which_rule_it_breaks(
-    file: Path, reference_data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def shipped_with_bases(tmp_path_factory: pytest.TempPathFactory, reference_data: Path) -> Iterator[Path]:
+    """The shipped studies beside base models of the architectures that `tunebench pretrain` would give them."""
+    folder = tmp_path_factory.mktemp("shipped")
+    shutil.copytree(STUDIES[0].parent, folder / "studies")
+    (folder / "bases").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEBENCH_DATA", str(reference_data))
+        for file in sorted((folder / "studies").glob("pretrain-*.yaml")):
+            (workload,) = resolve(file).study.workloads
+            nothing_known = TrainingStatistics(
+                per_type_energy_shifts=(0.0,), degenerate=False, force_rms=1.0, avg_num_neighbors=1.0,
+                labelled_frames=1, note="",
+            )  # fmt: skip
+            model = model_config(workload.model, ["H"], nothing_known, 0)
+            info = {"training_module": {"model": model}}
+            torch.save({"hyper_parameters": {"info_dict": info}}, folder / "bases" / f"{file.stem}.ckpt")
+        yield folder / "studies"
+
+
+@pytest.mark.parametrize("name", [file.name for file in STUDIES])
+def test_every_shipped_study_passes_or_says_which_rule_it_breaks(name: str, shipped_with_bases: Path) -> None:
+    refuse_unfair(resolve(shipped_with_bases / name))
+
+
+@pytest.mark.parametrize("name", [file.name for file in STUDIES if file.stem.startswith("finetune-")])
+def test_fine_tuned_workloads_differ_from_their_twins_from_scratch_in_their_start_alone(
+    name: str, shipped_with_bases: Path
 ) -> None:
-    monkeypatch.setenv("TUNEBENCH_DATA", str(reference_data))
-    refuse_unfair(resolve(file))
+    workloads = resolve(shipped_with_bases / name).study.workloads
+    pairs = list(zip(workloads[::2], workloads[1::2], strict=True))
+    for fine_tuned, scratch in pairs:
+        assert fine_tuned.init is not None
+        assert scratch.init is None
+        _, contradictions = adopted_model(scratch.model, fine_tuned.model)
+        assert not contradictions
+        alike = {"name": "", "init": None, "model": scratch.model}
+        assert fine_tuned.model_copy(update=alike) == scratch.model_copy(update=alike)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ class Tune:
             asha or Asha(reduction_factor=3, sentinels=0), rungs, records or [record(k) for k in keys]
         )
         self.asha = PerArmAsha(ladders, by_id.__getitem__, self._room_for)
+        for trial in self.trials.values():
+            self.asha.on_trial_add(self, trial)
 
     def _trial(self, trial: TrialKey) -> Any:
         return SimpleNamespace(config={"trial": trial.trial_id}, status=Trial.RUNNING)
@@ -59,8 +61,8 @@ class Tune:
     def _room_for(self, trial: str, active: Collection[str]) -> bool:
         return self.room is None or len(active) < self.room
 
-    def get_trials(self) -> list[Any]:
-        return list(self.trials.values())
+    def get_live_trials(self) -> list[Any]:
+        return [trial for trial in self.trials.values() if trial.status != Trial.TERMINATED]
 
     def stop_trial(self, trial: Any) -> None:
         self.asha.on_trial_remove(self, trial)

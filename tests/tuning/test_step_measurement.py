@@ -49,19 +49,19 @@ from tunebench.tuning.stage import join_ray
 step_measurement._TOLD_AFTER_S = 2.0
 folder, run = Path(sys.argv[1]), Path(sys.argv[1], "run")
 resolved = resolve(folder / "study.yaml")
-join_ray(None, resolved.study.resources, run)
+console = Console(file=sys.stdout, width=300)
+join_ray(None, resolved.study.resources, run, None, console)
 
 class Busy:
     pass
 
 busy = ray.remote(num_cpus=1)(Busy).remote()
 ray.get(busy.__ray_ready__.remote())
-console = Console(file=sys.stdout, width=300)
 for attempt in range(3):
     if attempt == 2:
         ray.kill(busy)
     try:
-        found = step_measurement.measured_steps(resolved, {}, {}, run, None, console)
+        found = step_measurement.measured_steps(resolved, {}, {}, run, None, console, None)
         print("measured", found.date, flush=True)
     except Interrupted as error:
         print(error, flush=True)

@@ -71,10 +71,6 @@ def measure_curvature(
         snapshots = trained_snapshots(task, steps, engine)
     else:
         snapshots = [checkpoint_snapshot(task)]
-    points = []
-    for snapshot in snapshots:
-        points.append(measure_point(task, snapshot, settings))
-        say(_line(record.key.trial_id, points[-1]))
     name = torch.cuda.get_device_name() if task.device == "cuda" else "cpu"
     found = CurvatureRecord(
         trial=record.key.trial_id,
@@ -84,9 +80,13 @@ def measure_curvature(
         retrained=bool(steps),
         device=name,
         settings=settings,
-        points=tuple(points),
+        points=(),
     )
-    write_record(run, found)
+    for snapshot in snapshots:
+        point = measure_point(task, snapshot, settings)
+        say(_line(record.key.trial_id, point))
+        found = replace(found, points=(*found.points, point))
+        write_record(run, found)  # a kill takes the steps that are left, and none that were measured
     return found
 
 

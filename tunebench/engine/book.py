@@ -74,6 +74,10 @@ class TrialBook:
         """Seconds since the trial began at its horizon; earlier attempts count up to their last checkpoint."""
         return self._earlier_wall_s + time.perf_counter() - self._began
 
+    def pause(self, seconds: float) -> None:
+        """Leave out seconds in which the trial stood still for another one."""
+        self._began += seconds
+
     def evaluated(
         self,
         step: int,

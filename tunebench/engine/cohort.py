@@ -461,9 +461,12 @@ class Cohort:
             tenant = place.tenant
             rate = tenant.hyper["learning_rate"] * tenant.learning_rate_factor(place.step)
             weights_of = partial(self._weights_of, tenant)
+            began = self._now()
             refinement = add_refinement(
                 tenant.task, place.step, found.errors, found.parts, tenant.model, weights_of, self._watchdog.beat
             )
+            if refinement is not None:
+                self._spare_neighbours(place, self._now() - began)
             last = tenant.book.judged(
                 place.step,
                 found.errors,
@@ -479,6 +482,12 @@ class Cohort:
         wait(writes)
         for write in writes:
             write.result()
+
+    def _spare_neighbours(self, refined: Place, seconds: float) -> None:
+        """Trials that stood still while another one was refined have not trained longer by it."""
+        for place in self._places.values():
+            if place is not refined:
+                place.tenant.book.pause(seconds)
 
     def _weights_of(self, tenant: Tenant, readout: Readout) -> Tensors:
         return tenant.weights_of(self.state(tenant.name), readout)

@@ -12,7 +12,7 @@ from tunebench.study.record import Readout
 from tunebench.study.spec import Workload
 from tunebench.study.training_sections import training_sections
 from tunebench.workloads.models import model_config
-from tunebench.workloads.starting_point import starting_point
+from tunebench.workloads.starting_point import kept_file, starting_point
 from tunebench.workloads.statistics import training_statistics
 
 
@@ -59,8 +59,18 @@ def plain_nequip_config(task: TrialTask, evaluate_every: int, readout: Readout |
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        "training_module": training_module(task, readout),
+        "training_module": _started(task, training_module(task, readout)),
     }
+
+
+def _started(task: TrialTask, module: dict[str, Any]) -> dict[str, Any]:
+    """A training module section whose model begins where the trial begins."""
+    initial = task.workload.init
+    if initial is None:
+        return module
+    start = kept_file(initial, task.workload.model, task.data)
+    target = "tunebench.workloads.starting_point.started_model"
+    return {**module, "model": {"_target_": target, "start": str(start), "model": module["model"]}}
 
 
 def data_section(task: TrialTask) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from nequip.model import MuonParamGroups as nequip_groups
 
 from tunebench.optim.blocks import Block, View
 from tunebench.optim.matrix_view import FctpView, matrix_view, trainable_parameters
+from tunebench.optim.trained import freeze_others
 from tunebench.study.plan import trial_seeds
 from tunebench.study.record import Split, Stage
 from tunebench.study.resolve import ResolvedStudy
@@ -23,6 +24,7 @@ from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.frames import prepared_frames
 from tunebench.workloads.models import build_model, model_config
 from tunebench.workloads.order import batch_order
+from tunebench.workloads.starting_point import starting_point
 from tunebench.workloads.statistics import training_statistics
 
 Batch = dict[str, Any]
@@ -225,7 +227,11 @@ def _model_and_batches(workload: Workload, data: PreparedData, seed: int) -> tup
     cutoff = workload.model.r_max_angstrom
     statistics = training_statistics(data, cutoff, workload.labels.force_fraction, seeds["labels"])
     config = model_config(workload.model, data.type_names, statistics, seeds["init"])
-    model = build_model({**config, "compile_mode": "eager"})
+    start = starting_point(workload.init, workload.model, data) if workload.init else None
+    model = build_model({**config, **(start.constants if start else {}), "compile_mode": "eager"})
+    if start and workload.init:
+        start.put_into(model)
+        freeze_others(model, workload.init.train)
     frames = prepared_frames(data, Split.TRAIN, cutoff)
     order = batch_order(len(frames), workload.batch_size, _BATCHES, seeds["order"])
     return model, [AtomicDataDict.batched_from_list(frames.__getitems__(indices)) for indices in order]

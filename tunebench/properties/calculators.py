@@ -136,17 +136,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _set_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Put weights in place of the model's own, in its precision; other names are those of another model."""
+    """Put weights in place of the model's own, in its precision; those that were not trained stay as they are."""
     import torch
 
-    own = dict(model.named_parameters())
+    own = model.state_dict(keep_vars=True)
     given = {name.removeprefix("sole_model."): weight for name, weight in weights.items()}
-    missing = [name for name, parameter in own.items() if parameter.requires_grad and name not in given]
-    if missing:
-        raise RunError(f"{path}: found no weights for {missing[0]}, allowed: weights of the checkpoint's own model")
+    if unknown := sorted(given.keys() - own.keys()):
+        raise RunError(f"{path}: found weights for {unknown[0]}, allowed: weights of the checkpoint's own model")
     with torch.no_grad():
-        for name in own.keys() & given.keys():
-            own[name].copy_(given[name])
+        for name, weight in given.items():
+            own[name].copy_(weight)
 
 
 def calculator_of(model: torch.nn.Module, device: str = "cpu") -> Calculator:

@@ -11,6 +11,8 @@ from rich.table import Table
 from tunebench.engine.checkpoints import FINAL, REFINED
 from tunebench.properties.rows import PropertyRow, write_rows
 from tunebench.study.record import Readout
+from tunebench.study.spec import StudyError
+from tunebench.workloads.errors import WorkloadError
 
 
 def evaluate_model(
@@ -35,7 +37,10 @@ def evaluate_model(
 
     plan, base = load_plan(plan_file), plan_file.parent
     calculator = calculator_named(model, device, readout=readout)
-    references = references_of(plan, base, device)
+    try:
+        references = references_of(plan, base, device)
+    except WorkloadError as error:
+        raise StudyError(plan_file, error.key, error.found, error.allowed) from error
     rows = list(evaluate(calculator, plan, references, model=model_name(model, readout), base=base))
     if out:
         write_rows(out, rows)

@@ -28,10 +28,11 @@ from tunebench.study.spec import (
     Tune,
     Workload,
     XtbData,
+    XtbMixtureData,
 )
 from tunebench.workloads.model_arguments import why_left_out
 from tunebench.workloads.presets import PRESETS
-from tunebench.workloads.xtb_checks import xtb_problems
+from tunebench.workloads.xtb_checks import mixture_problems, xtb_problems
 
 
 def study_problems(study: Study) -> Iterator[Problem]:
@@ -96,6 +97,9 @@ def _workload_problems(workload: Workload, key: str) -> Iterator[Problem]:
     if isinstance(workload.data, XtbData):
         for problem in xtb_problems(workload.data):
             yield Problem(f"{key}.data.{problem.key}", problem.found, problem.allowed)
+    if isinstance(workload.data, XtbMixtureData):
+        for problem in mixture_problems(workload.data):
+            yield Problem(f"{key}.data.{problem.key}", problem.found, problem.allowed)
     if isinstance(workload.data, ExtxyzData):
         yield from _extxyz_problems(workload.data, f"{key}.data")
     if isinstance(workload.data, NequipData):
@@ -156,7 +160,8 @@ def _loss_problems(workload: Workload, key: str) -> Iterator[Problem]:
 
 
 def _without_stress(workload: Workload) -> bool:
-    return isinstance(workload.data, XtbData) and workload.data.system != WATER_BOX
+    data = workload.data
+    return isinstance(data, XtbMixtureData) or (isinstance(data, XtbData) and data.system != WATER_BOX)
 
 
 def _size_problems(workload: Workload, key: str) -> Iterator[Problem]:

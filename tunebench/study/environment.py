@@ -22,9 +22,9 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def environment(data_hashes: dict[str, str]) -> dict[str, Any]:
-    """Versions, source revision, machine and data hashes of this process."""
-    return {
+def environment(data_hashes: dict[str, str], starts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Versions, source revision, machine and data hashes of this process, and what workloads start from, if they do."""
+    found = {
         "packages": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -34,6 +34,7 @@ def environment(data_hashes: dict[str, str]) -> dict[str, Any]:
         "revision": _revision(),
         "data": data_hashes,
     }
+    return found | ({"initial": starts} if starts else {})
 
 
 def package_versions() -> dict[str, str | None]:
@@ -41,7 +42,7 @@ def package_versions() -> dict[str, str | None]:
     return {name: _version(name) for name in _PACKAGES}
 
 
-def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
+def write_environment(run: Path, data_hashes: dict[str, str], starts: dict[str, Any] | None = None) -> list[str]:
     """Write environment.json; on a later start compare with it and add what changed under ``later``.
 
     Returns:
@@ -50,7 +51,7 @@ def write_environment(run: Path, data_hashes: dict[str, str]) -> list[str]:
     Raises:
         RunError: the file cannot be read.
     """
-    path, now = run / ENVIRONMENT, environment(data_hashes)
+    path, now = run / ENVIRONMENT, environment(data_hashes, starts)
     if not path.exists():
         _write(path, now)
         return []

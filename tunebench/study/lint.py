@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from tunebench.study.budget import arm_sentinels
@@ -187,7 +188,13 @@ def _alike(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:
     if 0.0 < resources.gpus_per_trial < 1.0:
         reason = f"{1.0 / resources.gpus_per_trial:.0f} trials share a GPU: their seconds say nothing of an optimizer"
         return _WARN, reason, "read the time axis after tunebench calibrate, or gpus_per_trial: 1"
-    return _PASS, "data, batch, precision, clipping, initial weights and data order are alike in every arm", ""
+    starts = [
+        f"{workload.name} starts from {Path(workload.init.path).name} ({str(workload.init.sha256)[:12]})"
+        for workload in resolved.study.workloads
+        if workload.init is not None
+    ]
+    reason = "data, batch, precision, clipping, initial weights and data order are alike in every arm"
+    return _PASS, "; ".join([reason, *starts]), ""
 
 
 def _echo(resolved: ResolvedStudy, arms: list[ArmPlan]) -> _Judged:

@@ -50,6 +50,21 @@ class XtbData(Section):
     )
 
 
+class XtbMixtureData(Section):
+    """Snapshots of several molecules, labelled by GFN2-xTB; every molecule and every split has its own trajectory."""
+
+    source: Literal["xtb-mixture"] = Field(description="labels made on this machine by GFN2-xTB")
+    systems: Annotated[tuple[str, ...], Field(min_length=2, strict=False)] = Field(
+        description="molecules, each once (ethanol, benzene ..., or names of ASE's G2 set)"
+    )
+    temperature_kelvin: PositiveFloat = Field(default=300.0, description="temperature of all splits")
+    timestep_fs: PositiveFloat = Field(default=0.5, description="integration step of the Langevin dynamics")
+    equilibration_fs: NonNegativeFloat = Field(default=250.0, description="discarded start of each trajectory")
+    interval_fs: PositiveFloat = Field(default=20.0, description="time between two snapshots")
+    frames: SplitFrames = Field(description="frames per split, shared evenly among the molecules; no `ood`")
+    seed: NonNegativeInt = Field(default=0, description="seed of the trajectories; not the study's")
+
+
 class ExtxyzKeys(Section):
     """Names under which the files keep their labels."""
 
@@ -96,7 +111,7 @@ class Family(StrEnum):
     ALLEGRO = "allegro"
 
 
-Data = Annotated[XtbData | ExtxyzData | NequipData, Field(discriminator="source")]
+Data = Annotated[XtbData | XtbMixtureData | ExtxyzData | NequipData, Field(discriminator="source")]
 
 
 class Model(Section):

@@ -8,7 +8,8 @@ through Tune's PAUSE and stop, and the rungs of a resumed study are those of its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -77,9 +78,12 @@ class PerArmAsha(FIFOScheduler):
     ):
         super().__init__()  # type: ignore[no-untyped-call]
         self._ladders, self._key_of, self._room_for, self._wish = ladders, key_of, room_for, wish
-        self._held: set[str] = set()
-        self._at_rung: dict[str, int] = {}
-        self._changed = True  # a waiting trial may go on or is to stop
+        self._trials: dict[str, Trial] = {}
+        self._places: dict[str, int] = {}  # in Tune's list
+        self._new: deque[Trial] = deque()
+        self._waits: dict[str, int | None] = {}  # at this rung, or in a pause of the run
+        self._held: set[str] = set()  # who waits in a pause
+        self._decided: set[str] = set()  # who waits at a rung, and may go on or is to stop
         self._undelivered = [decision for ladder in ladders.values() for decision in ladder.settle()]
 
     def new_decisions(self) -> list[Decision]:
@@ -93,16 +97,22 @@ class PerArmAsha(FIFOScheduler):
         return ladder.decision(trial_id) if ladder else None
 
     @property
-    def waiting(self) -> frozenset[str]:
-        """Trials that wait at a rung or in a pause of the run; they need no place."""
-        return frozenset({*self._at_rung, *self._held})
+    def waiting(self) -> KeysView[str]:
+        """Trials that wait at a rung or in a pause of the run, as they are at any time; they need no place."""
+        return self._waits.keys()
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial is at the end of Tune's list; one that is to begin anew comes there again."""
+        name = trial.config["trial"]
+        self._trials[name], self._places[name] = trial, len(self._places)
+        self._new.append(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Let a trial wait, go on or stop at a rung; let it go on anywhere else, unless the run is paused."""
         action = self._at_evaluation(self._key_of(trial.config["trial"]), result)
         if action == TrialScheduler.CONTINUE and result["outcome"] is None and self._wish() is Wish.PAUSE:
+            self._waits[trial.config["trial"]] = None
             self._held.add(trial.config["trial"])
-            self._changed = True
             return str(TrialScheduler.PAUSE)
         return action
 
@@ -118,7 +128,7 @@ class PerArmAsha(FIFOScheduler):
         self._take_in(ladder.arrive(key.trial_id, result["step"], result["objective"]))
         fate = ladder.fate(key.trial_id, result["step"])
         if fate is Fate.WAIT:
-            self._at_rung[key.trial_id] = result["step"]
+            self._waits[key.trial_id] = result["step"]
         return str(_ACTIONS[fate])
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
@@ -143,25 +153,25 @@ class PerArmAsha(FIFOScheduler):
         """Stop who waits in vain; then name a promoted trial, if there is room for it, or else the next new one."""
         if self._wish() is Wish.PAUSE:
             time.sleep(_PAUSED_STEP_S)  # Tune (2.60) steps again at once where nothing runs
-        trials = tune_controller.get_trials()  # every trial of the study, at every step of Tune
-        if self._changed:
-            promoted = self._promoted(tune_controller, trials)
-            self._changed = bool(self._held) or any(self._fate(name) is not Fate.WAIT for name in self._at_rung)
-            if promoted is not None:
-                return promoted
-        return next((trial for trial in trials if trial.status == Trial.PENDING), None)
+        promoted = self._promoted(tune_controller)
+        if promoted is not None:
+            self._new.appendleft(promoted)  # Tune may find no process for it at once
+            return promoted
+        while self._new and self._new[0].status != Trial.PENDING:
+            self._new.popleft()
+        return self._new[0] if self._new else None
 
-    def _promoted(self, tune_controller: Any, trials: Iterable[Trial]) -> Trial | None:
-        by_status: dict[str, list[Trial]] = {status: [] for status in (Trial.PAUSED, Trial.RUNNING, Trial.PENDING)}
-        for trial in trials:
-            if trial.status in by_status:
-                by_status[trial.status].append(trial)
-        for trial in by_status[Trial.PAUSED]:
+    def _promoted(self, tune_controller: Any) -> Trial | None:
+        """Tune asks at every event, so this looks only at those of whom something is known."""
+        known = sorted(self._decided | self._held, key=self._places.__getitem__)
+        paused = [trial for trial in map(self._trials.__getitem__, known) if trial.status == Trial.PAUSED]
+        for trial in paused:
             if self._fate(trial.config["trial"]) is Fate.STOP:
                 tune_controller.stop_trial(trial)
-        promoted = [trial for trial in by_status[Trial.PAUSED] if self._may_go_on(trial)]
+        promoted = [trial for trial in paused if self._may_go_on(trial)]
         if promoted:
-            busy = (*by_status[Trial.RUNNING], *by_status[Trial.PENDING])
+            live = tune_controller.get_live_trials()
+            busy = (trial for trial in live if trial.status in (Trial.RUNNING, Trial.PENDING))
             active = {trial.config["trial"] for trial in busy} - self.waiting
             for trial in promoted:
                 if self._room_for(trial.config["trial"], active):
@@ -178,18 +188,19 @@ class PerArmAsha(FIFOScheduler):
 
     def _take_in(self, decisions: list[Decision]) -> None:
         self._undelivered += decisions
-        self._changed |= bool(decisions)
+        self._decided |= {each.trial for each in decisions if self._waits.get(each.trial) == each.rung}
 
     def _fate(self, name: str) -> Fate:
-        if name not in self._at_rung:
-            return Fate.WAIT
-        return self._ladders[self._key_of(name).arm].fate(name, self._at_rung[name])
+        rung = self._waits.get(name)
+        return Fate.WAIT if rung is None else self._ladders[self._key_of(name).arm].fate(name, rung)
 
     def _may_go_on(self, trial: Trial) -> bool:
-        if self._wish() is not Wish.RESUME:
+        name = trial.config["trial"]
+        if self._wish() is not Wish.RESUME or name not in self._waits:
             return False
-        return trial.config["trial"] in self._held or self._fate(trial.config["trial"]) is Fate.GO_ON
+        return self._waits[name] is None or self._fate(name) is Fate.GO_ON
 
     def _forget(self, trial: Trial) -> None:
-        self._at_rung.pop(trial.config["trial"], None)
+        self._waits.pop(trial.config["trial"], None)
         self._held.discard(trial.config["trial"])
+        self._decided.discard(trial.config["trial"])

@@ -121,9 +121,12 @@ class Placement:
     def moves(self) -> list[Admit | Open]:
         """Decide all that can be decided now; what is returned counts as done."""
         found: list[Admit | Open] = []
+        without_room: set[_Applicant] = set()  # who is like one of them need not be looked at
         for trial, applicant in list(self._waiting.items()):
-            number = self._roomiest(applicant)
-            if number is not None:
+            number = None if applicant in without_room else self._roomiest(applicant)
+            if number is None:
+                without_room.add(applicant)
+            else:
                 del self._waiting[trial]
                 self._cohorts[number].trials.add(trial)
                 self._cohorts[number].closed = applicant.alone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,17 @@ class PoolClient:
 
 
 class TrialQueue(BasicVariantGenerator):
-    """Hands trials to Tune in the order of its grid: first as many tenants as there are slots, then the others.
+    """Hands trials to Tune in their order: first as many tenants as there are slots, then the others.
 
     The number of slots changes with the cluster. Without a bound on the others Ray's resources are theirs. Trials that
     wait at a rung have no place and do not count.
 
+    Tune's own grid (Ray 2.60) copies all names for each trial. So each is a point that is given beforehand,
+    and what Tune is given is `param_space` and `num_samples`.
+
     Args:
-        tenants: names of the trials of the cohort engine.
+        trials: names of all trials.
+        tenants: those of the cohort engine, which come first.
         pool: knows how many slots there are.
         others: upper bound on the other trials at once.
         waiting: trials at a rung.
@@ -132,13 +136,15 @@ class TrialQueue(BasicVariantGenerator):
 
     def __init__(
         self,
+        trials: Sequence[str],
         tenants: Collection[str],
         pool: PoolClient,
         others: int | None,
         waiting: Callable[[], Collection[str]] = tuple,
         closed: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__()
+        super().__init__(points_to_evaluate=[{"trial": name} for name in trials])
+        self.param_space, self.num_samples = {"trial": None}, len(trials)
         self._tenants, self._tenants_left = frozenset(tenants), len(tenants)
         self._pool, self._others, self._waiting, self._closed = pool, others or 0, waiting, closed
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -33,6 +35,24 @@ def prepare_workloads(resolved: ResolvedStudy, console: Console) -> dict[str, Pr
             )
             check_labels(prepared[workload.name], workload, resolved.study.objective)
     return prepared
+
+
+def initial_weights(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> dict[str, dict[str, Any]]:
+    """What the workloads start from that start from a trained model, by their name, as plain values for a record.
+
+    Raises:
+        StudyError: a file that has changed since the run began, or that cannot be used with the workload's data.
+    """
+    starts = {}
+    for index, workload in enumerate(resolved.study.workloads):
+        if workload.init is None:
+            continue
+        from tunebench.workloads.starting_point import starting_point  # imports torch and NequIP
+
+        with _naming_the_workload(resolved, index):
+            start = starting_point(workload.init, workload.model, data[workload.name])
+        starts[workload.name] = {"file": Path(workload.init.path).name, "digest": start.digest, **start.about}
+    return starts
 
 
 def check_arms(resolved: ResolvedStudy, data: dict[str, PreparedData]) -> None:

@@ -125,7 +125,8 @@ def run_properties(
 ) -> None:
     """Compute all properties that are not there, references first.
 
-    With a storage, models are measured on the driver's node, which alone has their checkpoints as files.
+    On a joined cluster they wait for whatever node has room. With a storage, models are measured on the driver's node,
+    which alone has their checkpoints as files.
 
     Raises:
         RunError: a reference cannot be computed, or the driver's node has no room for a model.
@@ -138,7 +139,8 @@ def run_properties(
     join_ray(options.address, study.resources, run, storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     references = reference_jobs(study)
-    node = None if storage is None else _node_with_room([*references, *jobs])
+    alone = storage is not None or options.address is None
+    node = _node_with_room([*references, *jobs]) if alone else None
     _Tasks(run, study, node, console).work_off(references, "references")
     _Tasks(run, study, node, console).work_off(jobs, "models")
 
@@ -156,8 +158,9 @@ def _node_with_room(jobs: Sequence[ModelJob]) -> str:
     wanted = max(job.cpus for job in jobs), max(job.gpus for job in jobs)
     if cpus < wanted[0] or gpus < wanted[1]:
         raise RunError(
-            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models where "
-            f"they lie in a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs"
+            f"properties: found {cpus:g} CPUs and {gpus:g} GPUs on the driver's node, which measures the models of a "
+            f"machine alone or of a run with a storage, allowed: at least {wanted[0]:g} CPUs and {wanted[1]:g} GPUs "
+            "(cpus_per_model, gpus_per_model)"
         )
     return str(own)
 
@@ -203,7 +206,6 @@ class _Tasks:
     def __init__(self, run: Path, study: Study, node: str | None, console: Console) -> None:
         self._run, self._study, self._node, self._console = run, study, node, console
         self._orders = Orders(run)
-        self._lost: set[str] = set()
 
     def work_off(self, jobs: Sequence[ModelJob], what: str) -> None:
         """Return when all jobs are done.
@@ -265,9 +267,10 @@ class _Tasks:
         Raises:
             Interrupted: it is cancelled or drained.
         """
+        self._orders.obey()
         while self._orders.wish() is Wish.PAUSE:
             time.sleep(_LOOK_EVERY_S)
-        self._orders.obey()
+            self._orders.obey()
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -35,7 +35,7 @@ from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
-from tunebench.tuning.preparation import check_arms, prepare_workloads
+from tunebench.tuning.preparation import check_arms, initial_weights, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
@@ -95,8 +95,12 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         if storage is not None:
             for prepared in data.values():
                 store_prepared(storage, prepared)
+        starts = initial_weights(resolved, data)
         if not begun:
             check_arms(resolved, data)
+        hashes = {name: prepared.hash for name, prepared in data.items()}
+        for line in write_environment(options.run, hashes, starts):
+            console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
         run = _Run(resolved, options, data, console, storage, copy)
         with leaving_ray():
             run.tune()
@@ -139,9 +143,6 @@ class _Run:
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
         self._boards = ArmBoards(options.run, self._arms, console)
-        changed = write_environment(options.run, {name: prepared.hash for name, prepared in data.items()})
-        for line in changed:
-            console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
         check_data(options.run, data)
         self._journal = JournalWriter(options.run)
         for arm in self._arms:

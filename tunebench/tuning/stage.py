@@ -80,7 +80,9 @@ def run_stage(
     pool.plan(tenants, others_wait=bool(alone), kinds=_kinds(records) if alike else None)
     # the queue and the scheduler each ask the other while the stage runs
     orders = Orders(options.run)
-    queue = TrialQueue(tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed)
+    queue = TrialQueue(
+        [*tenants, *alone], tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed
+    )
     scheduler = PerArmAsha(
         arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for, orders.wish
     )
@@ -103,8 +105,8 @@ def run_stage(
         Shares(trial_resources(study.resources), frozenset(alone)),
     )
     with progress:
-        trials, callbacks = [*tenants, *alone], [recorder, Watching(boards, pool)]
-        fit(trainable, trials, queue, scheduler, callbacks, options.run, stage, study.resources)
+        callbacks = [recorder, Watching(boards, pool)]
+        fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
 
 
 def _kinds(records: list[TrialRecord]) -> dict[str, str]:
@@ -120,7 +122,6 @@ def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
 
 def fit(
     trainable: Any,
-    trials: list[str],
     queue: TrialQueue,
     scheduler: PerArmAsha,
     callbacks: list[tune.Callback],
@@ -128,12 +129,13 @@ def fit(
     stage: Stage,
     resources: Resources,
 ) -> None:
-    """Hand the trials to Tune and return when all have ended; of Tune's own folder nothing is left then."""
+    """Hand the trials of a queue to Tune and return when all have ended; of Tune's own folder nothing is left then."""
     storage = run.resolve() / _TUNE
     tune.Tuner(
         trainable,
-        param_space={"trial": tune.grid_search(trials)},
+        param_space=queue.param_space,
         tune_config=tune.TuneConfig(
+            num_samples=queue.num_samples,
             scheduler=scheduler,
             search_alg=queue,
             reuse_actors=True,

@@ -23,7 +23,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from tunebench.study.record import OOD_PREFIX, Split
-from tunebench.study.spec import ExtxyzData, NequipData, XtbData
+from tunebench.study.spec import ExtxyzData, NequipData, XtbData, XtbMixtureData
 from tunebench.workloads import extxyz, xtb
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.leaks import check_leaks, fingerprints, fingerprints_hash
@@ -39,7 +39,7 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 _PROBE = b" " * 1024
 _KEPT_HASHES = 1024
 
-AnyData = XtbData | ExtxyzData | NequipData
+AnyData = XtbData | XtbMixtureData | ExtxyzData | NequipData
 Frames = Mapping[str, list[Atoms]]
 Progress = Callable[[str], None]
 
@@ -175,7 +175,7 @@ def _silent(line: str) -> None:
 
 
 def _identity(data: AnyData, base: Path) -> dict[str, Any]:
-    if isinstance(data, XtbData):
+    if isinstance(data, XtbData | XtbMixtureData):
         return xtb.identity(data)
     if isinstance(data, ExtxyzData):
         return extxyz.identity(data, base)
@@ -187,6 +187,8 @@ def _identity(data: AnyData, base: Path) -> dict[str, Any]:
 def _frames(data: AnyData, base: Path, progress: Progress) -> tuple[Frames, str | None]:
     if isinstance(data, XtbData):
         return xtb.xtb_frames(data, progress), xtb.level_of_theory(data)
+    if isinstance(data, XtbMixtureData):
+        return xtb.mixture_frames(data, progress), xtb.level_of_theory(data)
     if isinstance(data, ExtxyzData):
         return extxyz.extxyz_frames(data, base, progress), None
     from tunebench.workloads import nequip_source

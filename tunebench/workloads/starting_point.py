@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from nequip.data import AtomicDataDict
 from numpy.typing import NDArray
 
 from tunebench.study.files import replacing
-from tunebench.study.initial import Energies, Initial, NewTypes
+from tunebench.study.initial import Energies, Initial, NewTypes, source_of
 from tunebench.study.record import Split
 from tunebench.study.spec import InWords, Model
 from tunebench.workloads.data import PreparedData, cache_folder, known_hash, load_prepared
@@ -30,7 +31,7 @@ from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.frames import PreparedFrames, prepared_frames
 from tunebench.workloads.models import build_model, model_config
 from tunebench.workloads.statistics import composition, fit_energy_shifts, training_statistics
-from tunebench.workloads.trained_model import TrainedModel, read_trained
+from tunebench.workloads.trained_model import TrainedModel, read_record, read_trained
 from tunebench.workloads.type_rows import Tensors, TypeMap, mapped_tensors
 
 _log = logging.getLogger(__name__)
@@ -81,12 +82,35 @@ def starting_point(initial: Initial, model: Model, data: PreparedData) -> Starti
         WorkloadError: the file has changed or cannot be used; a species is new to it; its model, built anew with these
             types, does not compute what the file's computes.
     """
+    kept = kept_file(initial, model, data)
+    return _kept(kept, initial.model_dump_json(), model.model_dump_json(), data.folder)
+
+
+def kept_file(initial: Initial, model: Model, data: PreparedData) -> Path:
+    """Where the cache keeps a starting point; arguments and errors of the file as for `starting_point`."""
     sha256 = checked_hash(initial)
     said = initial.model_dump(mode="json", include={"new_types", "energies", "seed"})
     key = {"version": SCHEMA_VERSION, "file": sha256, "data": data.hash, "init": said, "model": model.model_dump()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    kept = cache_folder() / "initial" / f"{digest[:24]}.pt"
-    return _kept(kept, initial.model_dump_json(), model.model_dump_json(), data.folder)
+    return cache_folder() / "initial" / f"{digest[:24]}.pt"
+
+
+def started_model(start: str, model: Mapping[str, Any]) -> torch.nn.Module:
+    """A model with the weights of a starting point, for a `nequip-train` config by ``_target_``.
+
+    Args:
+        start: file of the starting point, from `kept_file`.
+        model: NequIP's own model section, with the starting point's constants.
+
+    Raises:
+        WorkloadError: the file is gone or damaged.
+    """
+    found = _read(Path(start))
+    if found is None:
+        raise WorkloadError("model.start", start, "a starting point that `tunebench export` has named; export it again")
+    built: torch.nn.Module = instantiate(model, _recursive_=False, _convert_="all")
+    found.put_into(built)
+    return built
 
 
 def forget() -> None:
@@ -145,8 +169,16 @@ def _worked_out(initial: Initial, model: Model, data: PreparedData) -> StartingP
         "energy_rmse_before_ev_per_atom": before,
         "energy_rmse_ev_per_atom": after if initial.energies is Energies.REESTIMATE else before,
         "note": note,
+        "pretrained": _origin(trained.file),
     }
     return _assembled(constants, tensors, about)
+
+
+def _origin(file: Path) -> dict[str, Any] | None:
+    """Of a base model that tunebench has trained: by which study, on which data, how far and how well."""
+    record = read_record(file) if source_of(file.name) == "checkpoint" else None
+    names = ("study", "study_hash", "data_hash", "optimizer", "steps", "errors")
+    return None if record is None else {name: record.get(name) for name in names}
 
 
 def _check_types(initial: Initial, types: TypeMap) -> None:

@@ -7,6 +7,7 @@ types, and takes the weights from the file. Reading one runs code in it.
 from __future__ import annotations
 
 import inspect
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from tunebench.workloads.models import builders_of, known_arguments
 from tunebench.workloads.presets import NEQUIP_OWN_PRESETS, PRESETS
 
 PATH = "init.path"
+RECORD = "tunebench"
+"""Key of what `tunebench pretrain` says of a base model, in its checkpoint."""
 CONSTANTS = ("avg_num_neighbors", "per_type_energy_scales", "per_type_energy_shifts")
 """Arguments of a builder that are statistics of the data that the file's model was trained on."""
 
@@ -110,6 +113,16 @@ def read_trained(file: Path) -> TrainedModel:
         models = load(str(file))
         (model,) = models.values() if isinstance(models, torch.nn.ModuleDict) else (models,)
     return TrainedModel(file=file, architecture=architecture, model=model.to("cpu").eval())
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What `tunebench pretrain` wrote of a base model beside its weights; None for a file of another kind."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        return None
+    record = content.get(RECORD) if isinstance(content, Mapping) else None
+    return dict(record) if isinstance(record, Mapping) else None
 
 
 def adopted_model(stated: Model, found: Model) -> tuple[Model, list[Problem]]:

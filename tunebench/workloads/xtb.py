@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -24,7 +24,8 @@ from ase import Atoms
 
 import tunebench
 from tunebench.study.record import OOD_PREFIX, Split
-from tunebench.study.spec import WATER_BOX, XtbData
+from tunebench.study.seeds import named_seed
+from tunebench.study.spec import WATER_BOX, SplitFrames, XtbData, XtbMixtureData
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.structure_files import read_prepared
 from tunebench.workloads.trajectory import METHOD, PERIODIC_SAMPLING_METHOD
@@ -35,14 +36,15 @@ _LIBRARIES = ("ase", "numpy", "tblite")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
-def identity(data: XtbData) -> dict[str, Any]:
+def identity(data: XtbData | XtbMixtureData) -> dict[str, Any]:
     """What decides the snapshots: the description and the versions of the libraries that make them."""
     return {"data": data.model_dump(mode="json"), "versions": {name: version(name) for name in _LIBRARIES}}
 
 
-def level_of_theory(data: XtbData) -> str:
+def level_of_theory(data: XtbData | XtbMixtureData) -> str:
     """The method of the labels and the library that computes it (Bannwarth et al., doi:10.1021/acs.jctc.8b01176)."""
-    sampling = f", sampled with {PERIODIC_SAMPLING_METHOD}" if data.system == WATER_BOX else ""
+    periodic = isinstance(data, XtbData) and data.system == WATER_BOX
+    sampling = f", sampled with {PERIODIC_SAMPLING_METHOD}" if periodic else ""
     return f"{METHOD}, tblite {version('tblite')}{sampling}"
 
 
@@ -62,19 +64,53 @@ def xtb_frames(data: XtbData, progress: Callable[[str], None]) -> dict[str, list
         WorkloadError: unknown molecule, impossible times, or a trajectory that failed.
     """
     check_xtb(data)
-    counts = _counts(data)
+    (frames,) = _frames_of([data], progress)
+    return frames
+
+
+def mixture_frames(data: XtbMixtureData, progress: Callable[[str], None]) -> dict[str, list[Atoms]]:
+    """Snapshots of every molecule of a mixture, molecule by molecule; otherwise as `xtb_frames`.
+
+    Returns:
+        Labelled frames of ``train``, ``val`` and ``test``.
+    """
+    check_xtb(data)
+    of_each = _frames_of(_molecules(data), progress)
+    return {split: [frame for frames in of_each for frame in frames[split]] for split in of_each[0]}
+
+
+def _molecules(data: XtbMixtureData) -> list[XtbData]:
+    """A data section for each molecule, with its share of the frames and a seed of its own."""
+    shared = data.model_dump(exclude={"source", "systems", "frames", "seed"})
+    sections = []
+    for index, system in enumerate(data.systems):
+        shares = {
+            split: count // len(data.systems) + (index < count % len(data.systems))
+            for split, count in data.frames.model_dump().items()
+        }
+        seed = named_seed(data.seed, "mixture", system)
+        sections.append(XtbData(source="xtb", system=system, frames=SplitFrames(**shares), seed=seed, **shared))
+    return sections
+
+
+def _frames_of(sections: Sequence[XtbData], progress: Callable[[str], None]) -> list[dict[str, list[Atoms]]]:
     with (
         tempfile.TemporaryDirectory(prefix="tunebench-xtb-") as folder,
         ThreadPoolExecutor(_workers()) as pool,
         _Processes(pool) as processes,
     ):
-        paths = {split: Path(folder) / f"{index}.xyz" for index, split in enumerate(counts)}
+        paths = [
+            {split: Path(folder) / f"{number}-{index}.xyz" for index, split in enumerate(_counts(data))}
+            for number, data in enumerate(sections)
+        ]
         runs = [
-            pool.submit(_run, processes, data, split, counts[split], path, progress) for split, path in paths.items()
+            pool.submit(_run, processes, data, split, _counts(data)[split], path, progress)
+            for data, own in zip(sections, paths, strict=True)
+            for split, path in own.items()
         ]
         for run in runs:
             run.result()
-        return {split: read_prepared(path) for split, path in paths.items()}
+        return [{split: read_prepared(path) for split, path in own.items()} for own in paths]
 
 
 class _Processes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tunebench.study.problems import Problem, one_of
-from tunebench.study.spec import WATER_BOX, InWords, XtbData
+from tunebench.study.spec import WATER_BOX, InWords, XtbData, XtbMixtureData
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.molecules import MOLECULES
 
@@ -26,13 +26,33 @@ def xtb_problems(data: XtbData) -> Iterator[Problem]:
         yield Problem("interval_fs", data.interval_fs, f"at least timestep_fs = {data.timestep_fs:g}")
 
 
-def check_xtb(data: XtbData) -> None:
+def mixture_problems(data: XtbMixtureData) -> Iterator[Problem]:
+    """What is wrong with a mixture; keys as for `xtb_problems`."""
+    for index, system in enumerate(data.systems):
+        key = f"systems[{index}]"
+        if system == WATER_BOX:
+            yield Problem(key, system, "a molecule")
+        elif system in data.systems[:index]:
+            yield Problem(key, system, "each molecule once")
+        elif system not in MOLECULES and system not in _g2_names():
+            yield Problem(key, system, f"a name of ASE's G2 set, or one of {one_of(MOLECULES, system)}")
+    for split in ("train", "val", "test"):
+        if getattr(data.frames, split) < len(data.systems):
+            allowed = f"at least {len(data.systems)}, one for each molecule"
+            yield Problem(f"frames.{split}", getattr(data.frames, split), allowed)
+    if data.frames.ood:
+        yield Problem("frames.ood", data.frames.ood, "0: a mixture has no split out of distribution")
+    if data.timestep_fs > data.interval_fs:
+        yield Problem("interval_fs", data.interval_fs, f"at least timestep_fs = {data.timestep_fs:g}")
+
+
+def check_xtb(data: XtbData | XtbMixtureData) -> None:
     """Refuse a data section that contradicts itself.
 
     Raises:
-        WorkloadError: the first of `xtb_problems`.
+        WorkloadError: the first of `xtb_problems` or `mixture_problems`.
     """
-    for problem in xtb_problems(data):
+    for problem in mixture_problems(data) if isinstance(data, XtbMixtureData) else xtb_problems(data):
         raise WorkloadError(f"data.{problem.key}", problem.found, problem.allowed)
 
 

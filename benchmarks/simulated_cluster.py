@@ -1,0 +1,530 @@
+"""GPUs, cohorts and tenants of a large cluster in simulated time, below a driver that is real.
+
+What the driver does takes the time that it really takes on this machine: a clock adds its seconds on the processor and
+its waits for the disk to the simulated time. Everything else costs nothing real: cohorts step for the time that steps
+were measured to take, tenants report when their cohort has come to an evaluation, trials crash and devices are lost as
+named seeds say. Places in cohorts are given by the pool's own `Placement`.
+
+Tune's own actor manager is the real one, too. Only Ray below it is replaced (`FakeRay`); what Ray's calls cost the
+driver is measured apart (`scale_simulation.py`) and charged for each call.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.air.execution import ResourceManager, ResourceRequest
+from ray.air.execution.resources.request import AcquiredResources
+from ray.exceptions import RayTaskError
+from ray.train._internal.session import _TrainingResult
+from ray.tune.result import RESULT_DUPLICATE
+
+from tunebench.study.seeds import named_seed
+from tunebench.tuning.placement import Admit, Placement
+from tunebench.tuning.tenancy import VISIT, CohortLost
+
+_PROCESS_START_S = 3.0  # of a tenant
+_COHORT_START_S = 30.0  # with traces and compiled graphs in the cache
+_DEVICE_RETURNS_S = 300.0
+_REPLY_S = 0.001  # between two processes
+_PATIENCE_S, _PATIENCE = 2.0, 0.5  # of a cohort, for decisions and for trials to come, as in `cohort_loop`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the cluster has to do.
+
+    Attributes:
+        gpus: each with one cohort.
+        slots: of a cohort.
+        every_steps: between two evaluations. horizon: steps of a trial. rungs: steps.
+        step_s: seconds of one step of a full cohort.
+        crashes: share of the trials' evaluations before which the trial crashes.
+        losses_per_day: of each device.
+        seed: root of all draws.
+    """
+
+    gpus: int
+    slots: int
+    every_steps: int
+    horizon: int
+    rungs: tuple[int, ...]
+    step_s: float
+    crashes: float = 0.0
+    losses_per_day: float = 0.0
+    seed: int = 0
+
+    @property
+    def stretch_s(self) -> float:
+        """Seconds between two evaluations."""
+        return self.every_steps * self.step_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCosts:
+    """Seconds of the driver's processor for Ray's calls.
+
+    Attributes:
+        call: one method of an actor called, its answer fetched.
+        wait: `ray.wait` on one future.
+        wait_each: the same for every further future.
+    """
+
+    call: float
+    wait: float
+    wait_each: float
+
+
+class Clock:
+    """Simulated seconds, moved by what the driver really does and by what it waits for."""
+
+    def __init__(self) -> None:
+        self._now = self._idle = self._busy = 0.0
+        self._since: float | None = None
+        self._disk = 0.0
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        self._take()
+        return self._now
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which the driver worked."""
+        self._take()
+        return self._busy
+
+    def start(self) -> None:
+        """From here on the driver works."""
+        self._since = time.thread_time()
+
+    def charge(self, seconds: float) -> None:
+        """The driver works for so long without doing so here."""
+        self._now += seconds
+        self._busy += seconds
+
+    def wait_until(self, when: float) -> None:
+        """The driver waits."""
+        self._now = max(self.now, when)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done inside is not the driver's work."""
+        self._take()
+        self._since = None
+        try:
+            yield
+        finally:
+            self._since = time.thread_time()
+
+    @contextmanager
+    def counting_the_disk(self) -> Iterator[None]:
+        """Time in which the driver waits for the disk counts as well."""
+        sync = os.fsync
+
+        def counted(file: Any) -> None:
+            began = time.perf_counter()
+            used = time.thread_time()
+            sync(file)
+            self.charge(max(time.perf_counter() - began - (time.thread_time() - used), 0.0))
+
+        os.fsync = counted
+        try:
+            yield
+        finally:
+            os.fsync = sync
+
+    def _take(self) -> None:
+        if self._since is not None:
+            now = time.thread_time()
+            self.charge(now - self._since)
+            self._since = now
+
+
+@dataclass(eq=False)
+class Future:
+    """A call's answer.
+
+    Attributes:
+        born: when it was ready. decides: a trial waits for what the driver makes of it.
+    """
+
+    value: Any = None
+    error: Exception | None = None
+    born: float = 0.0
+    report: bool = False
+    decides: bool = False
+
+
+@dataclass(eq=False)
+class _Tenant:
+    trial: str
+    step: int = 0
+    cohort: int | None = None
+    asked: bool = False
+    held: bool = False
+    ended: bool = False
+    reports: deque[tuple[float, dict[str, Any] | Exception]] = field(default_factory=deque)
+    listener: Future | None = None
+    visits: int = 0
+
+
+@dataclass(eq=False)
+class _Cohort:
+    members: dict[str, _Tenant] = field(default_factory=dict)
+    joining: list[_Tenant] = field(default_factory=list)
+    steps: bool = False
+    waits_until: float = 0.0
+    there: bool = False
+    busy_s: float = 0.0
+    slot_s: float = 0.0
+
+
+class Devices:
+    """Cohorts that step, and the tenants in their slots.
+
+    Args:
+        load: what there is to do.
+        clock: of the simulation.
+        report: a plain report of a trial at a step, as a tenant passes it to Tune.
+
+    Attributes:
+        pool_s: seconds of the processor that the pool's decisions took.
+        lost_devices: how many.
+    """
+
+    def __init__(self, load: Load, clock: Clock, report: Callable[[str, int], dict[str, Any]]) -> None:
+        self._load, self._clock, self._report = load, clock, report
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = count()
+        self._at = 0.0
+        self._tenants: dict[str, _Tenant] = {}
+        self._cohorts = [_Cohort() for _ in range(load.gpus)]
+        self._placement = Placement()
+        self._crashes = np.random.default_rng(named_seed(load.seed, "crashes"))
+        starts = np.random.default_rng(named_seed(load.seed, "starts"))
+        losses = np.random.default_rng(named_seed(load.seed, "losses"))
+        self.ready: list[Future] = []
+        self.pool_s = 0.0
+        self.lost_devices = self.decisions = 0
+        for number in range(load.gpus):
+            self._later(_COHORT_START_S * starts.uniform(0.5, 2.0), lambda number=number: self._appear(number))
+            if load.losses_per_day:
+                self._later(losses.exponential(86400.0 / load.losses_per_day), lambda number=number: self._lose(number))
+
+    def plan(self, trials: Sequence[str]) -> None:
+        """These trials will come."""
+        self._placement.plan((trial, "") for trial in trials)
+
+    # --- for the driver --------------------------------------------------------------------------------------------
+
+    def advance(self, until: float) -> None:
+        """Let everything happen up to a time."""
+        while self._events and self._events[0][0] <= until:
+            self._next()
+
+    def next_at(self) -> float | None:
+        """When something happens next."""
+        return self._events[0][0] if self._events else None
+
+    def later(self, when: float, future: Future) -> None:
+        """A call's answer is there at a time."""
+        future.born = when
+        self._put(when, lambda: self.ready.append(future))
+
+    def next_report(self, trial: str, future: Future) -> None:
+        """A tenant works on: it answers with its next report."""
+        tenant = self._tenants.setdefault(trial, _Tenant(trial))
+        tenant.listener = future
+        self._put(self._clock.now + _REPLY_S, lambda: self._listened(tenant))
+
+    def vacate(self, trial: str) -> None:
+        """The driver has stopped a trial, or lets it wait."""
+        tenant = self._tenants.get(trial)
+        if tenant is not None:
+            self._put(self._clock.now + _REPLY_S, lambda: self._leave(tenant))
+
+    def used(self) -> tuple[float, float]:
+        """Seconds of all devices, and of all slots, in which a trial has stepped, as far as stretches are over."""
+        return sum(cohort.busy_s for cohort in self._cohorts), sum(cohort.slot_s for cohort in self._cohorts)
+
+    def taken(self) -> int:
+        """Slots that have a trial."""
+        return sum(len(cohort.members) + len(cohort.joining) for cohort in self._cohorts)
+
+    # --- what happens ----------------------------------------------------------------------------------------------
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        self._put(self._at + seconds, what)
+
+    def _put(self, when: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._number), what))
+
+    def _next(self) -> None:
+        self._at, _, what = heapq.heappop(self._events)
+        what()
+
+    def _appear(self, number: int) -> None:
+        self._cohorts[number].there = True
+        self._decide(lambda: self._placement.add(number))
+
+    def _decide(self, change: Callable[[], Any]) -> None:
+        """Let the pool take something in and act on what follows."""
+        began = time.thread_time()
+        change()
+        moves = self._placement.moves()
+        self.decisions += 1
+        self.pool_s += time.thread_time() - began
+        for move in moves:
+            if isinstance(move, Admit):
+                self._admit(self._tenants[move.trial], move.cohort)
+            else:
+                self._placement.ready(move.cohort, self._load.slots)
+                self._later(0.0, lambda: self._decide(lambda: None))
+
+    def _listened(self, tenant: _Tenant) -> None:
+        if tenant.cohort is None and not tenant.asked and not tenant.reports and not tenant.ended:
+            tenant.asked = True
+            tenant.visits += 1
+            self._decide(lambda: self._placement.wait(tenant.trial, ""))
+        elif tenant.held and not tenant.reports:
+            tenant.held = False
+            self._step(tenant.cohort)
+        self._hand_over(tenant)
+
+    def _admit(self, tenant: _Tenant, number: int) -> None:
+        tenant.cohort, tenant.asked = number, False
+        self._cohorts[number].joining.append(tenant)
+        self._step(number)
+
+    def _step(self, number: int | None) -> None:
+        """Begin a stretch, unless one is under way, somebody is worth waiting for, or nobody can step."""
+        cohort = self._cohorts[number] if number is not None else None
+        if cohort is None or number is None or cohort.steps or not cohort.there:
+            return
+        if self._at < cohort.waits_until and self._awaits(cohort):
+            return
+        for tenant in cohort.joining:
+            cohort.members[tenant.trial] = tenant
+        cohort.joining.clear()
+        going = [tenant for tenant in cohort.members.values() if not tenant.held]
+        if going:
+            cohort.steps = True
+            self._later(self._load.stretch_s, lambda: self._stretched(number, cohort, going))
+
+    def _awaits(self, cohort: _Cohort) -> bool:
+        full = len(cohort.members) + len(cohort.joining) >= self._load.slots
+        return any(tenant.held for tenant in cohort.members.values()) or (not full and self._placement.coming() > 0)
+
+    def _stretched(self, number: int, cohort: _Cohort, going: list[_Tenant]) -> None:
+        cohort.busy_s += self._load.stretch_s
+        if not cohort.there:
+            return
+        for tenant in going:
+            if tenant.cohort == number and tenant.trial in cohort.members:
+                cohort.slot_s += self._load.stretch_s
+                self._evaluate(tenant)
+        cohort.steps = False
+        cohort.waits_until = self._at + min(_PATIENCE * self._load.stretch_s, _PATIENCE_S)
+        self._put(cohort.waits_until, lambda: self._step(number))
+        self._step(number)
+
+    def _evaluate(self, tenant: _Tenant) -> None:
+        if self._load.crashes and self._crashes.random() < self._load.crashes:
+            tenant.step = max((rung for rung in self._load.rungs if rung <= tenant.step), default=0)
+            tenant.reports.append((self._at, RayTaskError("train", "", CohortLost("its cohort is gone: as drawn"))))
+            self._leave(tenant)
+        else:
+            tenant.step += self._load.every_steps
+            tenant.held = tenant.step in self._load.rungs
+            report = {**self._report(tenant.trial, tenant.step), VISIT: str(tenant.visits)}
+            tenant.reports.append((self._at, report))
+            if tenant.step >= self._load.horizon:
+                tenant.ended = True
+                self._leave(tenant)
+                tenant.reports.append((self._at, {RESULT_DUPLICATE: True, "done": True}))  # its function returns
+        self._hand_over(tenant)
+
+    def _hand_over(self, tenant: _Tenant) -> None:
+        if tenant.listener is None or not tenant.reports:
+            return
+        future, tenant.listener = tenant.listener, None
+        born, found = tenant.reports.popleft()
+        if isinstance(found, Exception):
+            future.error = found
+        else:
+            future.value, future.report = found, RESULT_DUPLICATE not in found
+            future.decides = future.report and (found["at_rung"] or found["outcome"] is not None)
+        future.born = born
+        self.ready.append(future)
+
+    def _leave(self, tenant: _Tenant) -> None:
+        number, tenant.cohort, tenant.held, tenant.asked = tenant.cohort, None, False, False
+        if number is not None:
+            cohort = self._cohorts[number]
+            cohort.members.pop(tenant.trial, None)
+            cohort.joining = [other for other in cohort.joining if other is not tenant]
+        self._decide(lambda: self._placement.leave(tenant.trial))
+        self._step(number)
+
+    def _lose(self, number: int) -> None:
+        """A device is gone, its trials look for other places, and it comes back later."""
+        self.lost_devices += 1
+        cohort = self._cohorts[number]
+        there, cohort.there = [*cohort.members.values(), *cohort.joining], False
+        lost = _Cohort(busy_s=cohort.busy_s, slot_s=cohort.slot_s)
+        self._cohorts[number] = lost
+        self._placement.remove(number)
+        for tenant in there:
+            tenant.cohort = None
+            if tenant.held:  # its report is on its way; it comes back when the driver lets it go on
+                tenant.held = False
+            else:
+                tenant.step = max((rung for rung in self._load.rungs if rung <= tenant.step), default=0)
+                tenant.asked = True
+                self._decide(lambda tenant=tenant: self._placement.wait(tenant.trial, ""))
+        self._later(_DEVICE_RETURNS_S, lambda: self._appear(number))
+
+
+class FakeRay:
+    """What Tune's actor manager asks of Ray.
+
+    Args:
+        devices: answer the calls of trials' actors.
+        clock: of the simulation.
+        costs: of Ray's calls.
+        seed: of the order in which futures that are ready at once are found.
+
+    Attributes:
+        latencies: seconds from each report to the end of the driver's work on it: of those that decide, and of others.
+        calls: methods of actors that were called.
+        futures: number of futures in each wait.
+    """
+
+    def __init__(self, devices: Devices, clock: Clock, costs: RayCosts, seed: int) -> None:
+        self._devices, self._clock, self._costs = devices, clock, costs
+        self._draw = random.Random(named_seed(seed, "futures"))
+        self.latencies: dict[bool, list[float]] = {True: [], False: []}
+        self.futures: list[int] = []
+        self._at_work: Future | None = None
+        self._tracked: Callable[[Future], bool] = lambda future: True
+
+    def namespace(self, tracked: Callable[[Future], bool]) -> Any:
+        """Takes the place of the module `ray` in the actor manager, which knows what it still tracks."""
+        self._tracked = tracked
+        return SimpleNamespace(
+            wait=self._wait,
+            get=self._get,
+            kill=lambda actor: None,
+            actor=ray.actor,
+            remote=ray.remote,
+            ObjectRef=Future,
+        )
+
+    def called(self, actor: _FakeActor, method: str, arguments: tuple[Any, ...]) -> Future:
+        """A method of a trial's actor is called."""
+        self._clock.charge(self._costs.call)
+        with self._clock.stopped():
+            future, now = Future(), self._clock.now
+            if method == "train":
+                self._devices.next_report(actor.trial, future)
+                return future
+            if method == "reset":
+                actor.trial, future.value = arguments[0]["trial"], True
+            elif method == "save":
+                future.value = _TrainingResult(checkpoint=None, metrics={})
+            self._devices.later(now + (_PROCESS_START_S if method == "__ray_ready__" else _REPLY_S), future)
+            return future
+
+    def _wait(self, futures: Sequence[Future], num_returns: int, timeout: float) -> tuple[list[Future], list[Future]]:
+        self._clock.charge(self._costs.wait + len(futures) * self._costs.wait_each)
+        with self._clock.stopped():
+            done, self._at_work = self._at_work, None
+            if done is not None and done.report:
+                self.latencies[done.decides].append(self._clock.now - done.born)
+            self.futures.append(len(futures))
+            self._at_work = self._found()
+            return ([] if self._at_work is None else [self._at_work]), []
+
+    def _found(self) -> Future | None:
+        """One of the futures that are ready, as if in a drawn order; the driver waits for the first where none is."""
+        while True:
+            self._devices.advance(self._clock.now)
+            ready = self._devices.ready
+            while ready:
+                chosen = self._draw.randrange(len(ready))
+                ready[chosen], ready[-1] = ready[-1], ready[chosen]
+                future = ready.pop()
+                if self._tracked(future):
+                    return future
+            when = self._devices.next_at()
+            if when is None:
+                return None
+            self._clock.wait_until(when)
+
+    def _get(self, future: Future) -> Any:
+        if future.error is not None:
+            raise future.error
+        return future.value
+
+
+class _FakeActor:
+    """A trial's actor; its methods go to `FakeRay`."""
+
+    def __init__(self, below: FakeRay, trial: str) -> None:
+        self._below, self.trial = below, trial
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *given, **more: self._below.called(self, method, given))
+
+
+@dataclass
+class _Acquired(AcquiredResources):
+    below: FakeRay
+
+    def annotate_remote_entities(self, entities: Any) -> Any:
+        return [SimpleNamespace(remote=lambda **given: _FakeActor(self.below, given["config"]["trial"]))]
+
+    def _annotate_remote_entity(self, entity: Any, bundle: Any, bundle_index: int) -> Any:
+        raise NotImplementedError
+
+
+class AmpleResources(ResourceManager):
+    """Room for as many tenants as ask for it."""
+
+    def __init__(self, below: FakeRay) -> None:
+        self._below = below
+
+    def request_resources(self, resource_request: ResourceRequest) -> None:
+        """There is always room."""
+
+    def cancel_resource_request(self, resource_request: ResourceRequest) -> None:
+        """There is always room."""
+
+    def has_resources_ready(self, resource_request: ResourceRequest) -> bool:
+        """Yes."""
+        return True
+
+    def acquire_resources(self, resource_request: ResourceRequest) -> AcquiredResources:
+        """Room for one tenant."""
+        return _Acquired(resource_request, self._below)
+
+    def free_resources(self, acquired_resource: AcquiredResources) -> None:
+        """There is always room."""
+
+    def get_resource_futures(self) -> list[Any]:
+        """None."""
+        return []
