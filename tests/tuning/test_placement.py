@@ -115,6 +115,7 @@ def test_a_trial_that_is_to_be_alone_waits_for_an_empty_cohort_and_keeps_it_to_i
 
 def test_trials_that_are_bound_to_a_kind_of_device_go_to_no_other() -> None:
     placement = Placement()
+    placement.plan([("1", "a"), ("2", "a"), ("3", "b")])
     placement.add(0, "A100")
     placement.add(1, "H200")
     placement.bind({"a": "H200"})
