@@ -74,6 +74,7 @@ def run_checks(run: Run) -> tuple[Check, ...]:
             ("every arm's own rule treats the weights it should (F10)", _other_weights(run, workload)),
         )
         protocol = (
+            ("confirm trials trained on one kind of device (F9)", _unlike_devices(run, workload)),
             ("arms were given equal tuning budgets (F2)", _unequal_budget(run, workload)),
             ("best learning rates and weight decays are inside their ranges (F5)", _edges(run, workload)),
         )
@@ -170,6 +171,13 @@ def _no_test(run: Run, workload: str) -> Iterator[str]:
         readout = chosen_readout(trial, run.study.objective)
         if finished and Metric.FORCES_MAE not in trial.result.get(Split.TEST, {}).get(readout or "", {}):
             yield f"{trial.key.trial_id} has no test force error for its readout {readout}"
+
+
+def _unlike_devices(run: Run, workload: str) -> Iterator[str]:
+    confirmed = [t for t in run.trials if t.key.workload == workload and t.key.stage is Stage.CONFIRM and t.device]
+    kinds = Counter(trial.device for trial in confirmed)
+    if len(kinds) > 1:
+        yield ", ".join(f"{count} on {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _unequal_seeds(run: Run, workload: str) -> Iterator[str]:

@@ -113,6 +113,40 @@ def test_a_trial_that_is_to_be_alone_waits_for_an_empty_cohort_and_keeps_it_to_i
     assert placement.moves() == [Admit(trial="3", cohort=0)]
 
 
+def test_trials_that_are_bound_to_a_kind_of_device_go_to_no_other() -> None:
+    placement = Placement()
+    placement.plan([("1", "a"), ("2", "a"), ("3", "b")])
+    placement.add(0, "A100")
+    placement.add(1, "H200")
+    placement.bind({"a": "H200"})
+    for trial in "12":
+        placement.wait(trial, "a")
+    assert placement.moves() == [Open(cohort=1, workload="a")]
+    placement.ready(1, 1)
+    assert placement.moves() == [Admit(trial="1", cohort=1)]
+    placement.wait("3", "b")
+    assert placement.moves() == [Open(cohort=0, workload="b")]
+    placement.ready(0, 4)
+    assert placement.moves() == [Admit(trial="3", cohort=0)]
+    placement.remove(1)
+    assert placement.moves() == [], "it would rather wait"
+    placement.bind({})
+    placement.leave("3")
+    assert placement.moves() == [Open(cohort=0, workload="a")]
+
+
+def test_a_cohort_that_is_to_go_lets_nobody_in() -> None:
+    placement = opened(2, "a")
+    placement.wait("1", "a")
+    assert placement.moves() == [Admit(trial="1", cohort=0)]
+    placement.retire(0)
+    placement.wait("2", "a")
+    assert placement.moves() == []
+    placement.add(1)
+    assert placement.moves() == [Open(cohort=1, workload="a")]
+    assert placement.remove(0) == {"1"}
+
+
 @given(st.lists(st.tuples(st.sampled_from(["come", "leave", "add", "lose"]), st.integers(0, 9)), max_size=60))
 @pytest.mark.filterwarnings("ignore")
 def test_no_history_overfills_a_cohort_or_mixes_workloads_or_loses_a_trial(history: list[tuple[str, int]]) -> None:

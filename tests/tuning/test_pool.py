@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,9 @@ from tests.tuning.conftest import STUDY, python_path, tunebench, write_study
 from tests.tuning.driver import COHORT, TENANT, Driver
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage
-from tunebench.tuning.pool import devices_of
+from tunebench.study.spec import Resources
+from tunebench.tuning import pool as pool_module
+from tunebench.tuning.pool import Device, Pool, devices_of
 from tunebench.tuning.trial_log import LOGS
 
 LONG = {**STUDY["workloads"][0], "max_steps": 120, "evaluate_every_steps": 12}
@@ -155,6 +160,50 @@ def test_the_pool_covers_all_nodes_and_outlives_one(
     trials = read_trials(driver.run)
     assert [trial.reason for trial in trials] == [Reason.FINISHED] * 7
     assert {trial.ledger["attempts"] for trial in trials} == {1, 2}
+
+
+def nodes(**kinds: str) -> list[dict[str, Any]]:
+    """Nodes with one GPU each, of the kinds that are given by their names."""
+    return [
+        {"NodeID": n, "Resources": {"GPU": 1.0, "CPU": 4.0, f"accelerator_type:{k}": 1.0}} for n, k in kinds.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "started"),
+    [
+        (None, {"one", "two", "three"}),  # the tune stage, or a study that waives F9
+        ({}, {"two", "three"}),  # the kind of which there are most
+        ({"w": "A100"}, {"one"}),  # that on which the stage has begun
+        ({"w": "B200"}, set()),  # which is gone
+    ],
+)
+def test_the_trials_of_a_stage_that_ranks_train_on_one_kind_of_device(
+    kinds: dict[str, str] | None, started: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = SimpleNamespace(
+        usable=lambda: nodes(one="A100", two="H200", three="H200"), newcomers=list, leaving=frozenset, is_settled=True
+    )
+    found: list[Device] = []
+    monkeypatch.setattr(Pool, "_start", lambda pool, device: found.append(device))
+    monkeypatch.setattr(pool_module, "NodeWatch", lambda standard, tell: cluster)
+    monkeypatch.setattr(pool_module, "_LOOK_AT_CLUSTER_S", 0.01)
+
+    async def stage() -> tuple[int, list[str]]:
+        pool = Pool(Resources(gpus_per_trial=1, slots=2), tmp_path)
+        tasks: Any = {f"{n}": SimpleNamespace(workload=SimpleNamespace(name="w", max_steps=1)) for n in range(8)}
+        await pool.plan(tasks, others_wait=False, kinds=kinds)
+        waits = asyncio.create_task(pool.place("0", None, "visit"))
+        while not found and not (await pool.look(0))[1]:
+            await asyncio.sleep(0.01)
+        waits.cancel()
+        return await pool.look(0)
+
+    capacity, events = asyncio.run(stage())
+    assert {device.node for device in found} == started
+    assert capacity == 2 * max(len(started), 1)
+    assert len(events) == (not started)
+    assert all("w: its trials wait for a device of kind B200" in event for event in events)
 
 
 @pytest.mark.parametrize(

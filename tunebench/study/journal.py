@@ -157,14 +157,22 @@ class JournalWriter:
         )
         self._trials[key.trial_id] = self._storage.create_new_trial(self._studies[key.arm], template)
 
-    def start(self, key: TrialKey, groups: list[dict[str, Any]] | None = None, engine: str | None = None) -> None:
-        """Mark a trial as running and, once known, write its engine and its realised parameter groups."""
+    def start(
+        self,
+        key: TrialKey,
+        groups: list[dict[str, Any]] | None = None,
+        engine: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Mark a trial as running and, once known, write its engine, kind of device and realised parameter groups."""
         trial = self._trial(key)
         with self._backend.batch():
             if trial.state == TrialState.WAITING:
                 self._storage.set_trial_state_values(self._trials[key.trial_id], TrialState.RUNNING)
             if engine and trial.user_attrs.get("engine") != engine:
                 self._set(key, "engine", engine)
+            if device is not None and trial.user_attrs.get("device") != device:
+                self._set(key, "device", device)
             if groups and not trial.user_attrs.get("groups"):
                 self._set(key, "groups", groups)
 
@@ -349,5 +357,6 @@ def _record(trial: FrozenTrial, late: Mapping[str, list[dict[str, Any]]], arm: s
         data_hash=attributes.get("data_hash"),
         groups=attributes.get("groups", []),
         engine=attributes.get("engine"),
+        device=attributes.get("device"),
         result=attributes.get("result", {}),
     )

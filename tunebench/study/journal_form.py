@@ -57,6 +57,7 @@ class _Trial(_Form):
     data_hash: str | None = None
     sentinel: bool = False
     engine: str | None = None
+    device: str | None = None
     reason: Annotated[Reason, Field(strict=False)] | None = None
     detail: _Detail = _Detail()
     ledger: _Ledger = _Ledger(steps=0, wall_s=0.0, device_s=0.0, attempts=0)

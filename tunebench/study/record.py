@@ -151,6 +151,8 @@ class TrialRecord:
         groups: realised parameter groups, ``[{rule, view, blocks, tensors, parameters, share, ...}]``.
         data_hash: of the prepared data the trial was measured on.
         engine: what trained it last, ``cohort`` or ``lightning``; None before its start.
+        device: kind of the device that trained it last, such as ``H200``; empty where Ray does not know, None where it
+            was not written.
         result: last measured errors, ``{split: {readout: {metric: value}}}``; test and ood only for the confirm stage.
     """
 
@@ -169,5 +171,6 @@ class TrialRecord:
     point: dict[str, float] = field(default_factory=dict)
     data_hash: str | None = None
     engine: str | None = None
+    device: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

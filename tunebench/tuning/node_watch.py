@@ -66,6 +66,12 @@ class NodeWatch:
         self._asked_at |= {node["NodeID"]: now for node in found}
         return found
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether every node that is there has been checked."""
+        self._look()
+        return self._standard is None or all(node["NodeID"] in self._verdicts for node in self._nodes)
+
     async def check(self, node: Node) -> None:
         """Compare a newcomer with the driver; one that does not match is kept free of trials of any engine."""
         assert self._standard is not None

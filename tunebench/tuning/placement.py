@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -27,6 +27,7 @@ class _Cohort:
     """A cohort as far as places go.
 
     Attributes:
+        kind: of its device.
         workload: what it trains or is being made ready for.
         slots: 0 while it is not ready.
         trials: who is in.
@@ -34,6 +35,7 @@ class _Cohort:
         retired: nobody gets in any more.
     """
 
+    kind: str = ""
     workload: str | None = None
     slots: int = 0
     trials: set[str] = field(default_factory=set)
@@ -65,7 +67,7 @@ class Placement:
     A trial goes to the cohort of its workload with the most free slots. An empty cohort goes to the workload with the
     most waiting trials for each cohort that it has; ties go to the workload that was planned first. A cohort that has
     trained nothing yet is taken before one that would have to change its workload. A trial that is to be alone gets an
-    empty cohort to itself.
+    empty cohort to itself. Trials of a workload that is bound to a kind of device go to no other.
     """
 
     def __init__(self) -> None:
@@ -73,6 +75,7 @@ class Placement:
         self._waiting: dict[str, _Applicant] = {}
         self._planned: dict[str, str] = {}
         self._workloads: list[str] = []
+        self._kinds: dict[str, str] = {}
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -80,6 +83,10 @@ class Placement:
         """Trials, with their workloads, that will ask for a place in this order; replaces those of before."""
         self._planned = dict(trials)
         self._workloads += [name for name in dict.fromkeys(self._planned.values()) if name not in self._workloads]
+
+    def bind(self, kinds: Mapping[str, str]) -> None:
+        """From now on, kinds of device by workload whose trials go to no other; replaces those of before."""
+        self._kinds = dict(kinds)
 
     def wait(self, trial: str, workload: str, *, alone: bool = False) -> None:
         """A trial asks for a place, or for a cohort without any other trial."""
@@ -92,9 +99,9 @@ class Placement:
         for cohort in self._cohorts.values():
             cohort.leave(trial)
 
-    def add(self, cohort: int) -> None:
-        """There is a new cohort, which trains nothing yet."""
-        self._cohorts[cohort] = _Cohort()
+    def add(self, cohort: int, kind: str = "") -> None:
+        """There is a new cohort, on a device of some kind, which trains nothing yet."""
+        self._cohorts[cohort] = _Cohort(kind=kind)
 
     def ready(self, cohort: int, slots: int) -> None:
         """A cohort can take trials of the workload it was opened for."""
@@ -127,7 +134,7 @@ class Placement:
         for number, cohort in sorted(self._cohorts.items(), key=lambda item: (item[1].workload is not None, item[0])):
             following = self._next_workload(cohort)
             if following is not None:
-                self._cohorts[number] = _Cohort(workload=following)
+                self._cohorts[number] = _Cohort(kind=cohort.kind, workload=following)
                 found.append(Open(cohort=number, workload=following))
         return found
 
@@ -165,15 +172,20 @@ class Placement:
         return next((number for number, cohort in self._cohorts.items() if trial in cohort.trials), None)
 
     def _roomiest(self, applicant: _Applicant) -> int | None:
-        room = {number: self._cohorts[number].room_for(applicant) for number in self.of(applicant.workload)}
+        fit = [n for n in self.of(applicant.workload) if self._fits(applicant.workload, self._cohorts[n])]
+        room = {number: self._cohorts[number].room_for(applicant) for number in fit}
         best = max(room, key=lambda number: (room[number], -number), default=None)
         return best if best is not None and room[best] > 0 else None
 
     def _next_workload(self, cohort: _Cohort) -> str | None:
         if cohort.retired or cohort.trials or (cohort.workload and not cohort.slots):
             return None
-        candidates = [name for name in self._workloads if self._unserved(name) > 0 and name != cohort.workload]
+        others = [name for name in self._workloads if name != cohort.workload and self._fits(name, cohort)]
+        candidates = [name for name in others if self._unserved(name) > 0]
         return max(candidates, key=self._pressure, default=None)
+
+    def _fits(self, workload: str, cohort: _Cohort) -> bool:
+        return self._kinds.get(workload, cohort.kind) == cohort.kind
 
     def _unserved(self, workload: str) -> int:
         """Waiting trials beyond one for each cohort that is being made ready for them."""

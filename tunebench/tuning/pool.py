@@ -40,6 +40,7 @@ _LOOK_AT_CLUSTER_S = 2.0
 _ASLEEP_S = 5.0  # after this time a device without work goes back, where others wait for devices
 _FAILED_STARTS = 3
 _FATE_S = 60.0
+_MODEL = "accelerator_type:"  # begins the resource by which Ray says what GPUs a node has
 _CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
 _USUAL_SLOTS = {"cpu": 8, "cuda": 32}  # of a cohort that has not said how many it has
 _MEASURED_FROM = {"cpu": 20_000, "cuda": 200_000}  # trial-steps to come; measuring slots takes as long as thousands
@@ -51,6 +52,7 @@ class Device:
 
     Attributes:
         node: Ray's id. index: among the node's devices.
+        kind: its model where Ray knows it, such as ``H200``.
         cpus: what is reserved. threads: of a cohort's process.
     """
 
@@ -59,6 +61,7 @@ class Device:
     cpus: int
     gpus: int
     threads: int
+    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class _Applicant:
 
     tenant: Handle
     visit: str
-    place: asyncio.Future[tuple[int, Handle]]
+    place: asyncio.Future[tuple[int, Handle, str]]
 
 
 class Pool:
@@ -133,15 +136,28 @@ class Pool:
         self._looks = False
         self._others_wait = False
         self._events: list[str] = []
+        self._alike = False
+        self._kinds: dict[str, str] = {}
         self._watch = NodeWatch(standard, self._tell)
         self._keeps_log = log_to(run / LOGS / "pool.log")
         self._keeps_log.__enter__()
 
     # --- for the driver --------------------------------------------------------------------------------------------
 
-    async def plan(self, tasks: Mapping[str, TrialTask], others_wait: bool) -> None:
-        """A stage begins: these trials will ask for places, and others may wait for the devices."""
+    async def plan(
+        self, tasks: Mapping[str, TrialTask], others_wait: bool, kinds: Mapping[str, str] | None = None
+    ) -> None:
+        """A stage begins: these trials will ask for places, and others may wait for the devices.
+
+        Args:
+            tasks: trials by name.
+            others_wait: whether trials without a cohort wait for devices.
+            kinds: where all trials of a workload are to train on one kind of device, the kind by workload as far as it
+                is known; the others get the kind of which there are most. None takes devices of every kind.
+        """
         self._tasks, self._others_wait = dict(tasks), others_wait
+        self._alike, self._kinds = kinds is not None, dict(kinds or {})
+        self._placement.bind(self._kinds)
         self._placement.plan((name, task.workload.name) for name, task in tasks.items())
         if not self._looks:
             self._looks = True
@@ -164,8 +180,8 @@ class Pool:
 
     # --- for tenants -----------------------------------------------------------------------------------------------
 
-    async def place(self, trial: str, tenant: Handle, visit: str) -> tuple[int, Handle]:
-        """A place for a trial's visit, as soon as there is one: the cohort's number and actor.
+    async def place(self, trial: str, tenant: Handle, visit: str) -> tuple[int, Handle, str]:
+        """A place for a trial's visit, as soon as there is one: the cohort's number, actor and kind of device.
 
         Raises:
             RuntimeError: the trial is refused, or no device is left; one line.
@@ -221,6 +237,7 @@ class Pool:
             for number in self._on_leaving_nodes():
                 self._later(self._clear_node(number))
             self._grow()
+            self._tell_of_missing_kinds()
             self._give_back()
             self._move()
 
@@ -250,7 +267,32 @@ class Pool:
         log.warning("%s", event)
         self._events.append(event)
 
+    def _bind(self) -> None:
+        """Give workloads whose trials are to train alike the kind of device of which there are most."""
+        unbound = {task.workload.name for task in self._tasks.values()} - self._kinds.keys()
+        found = Counter(device.kind for device in self._found_devices())
+        if self._alike and unbound and found and self._watch.is_settled:
+            most = min(found, key=lambda kind: (-found[kind], kind))
+            self._kinds |= dict.fromkeys(unbound, most)
+            self._placement.bind(self._kinds)
+
+    def _tell_of_missing_kinds(self) -> None:
+        there = {device.kind for device in self._found_devices()}
+        waiting = {self._tasks[trial].workload.name for trial in self._placement.waiting()}
+        for workload in sorted(waiting & self._kinds.keys()):
+            kind = self._kinds[workload]
+            began = f"{workload}: its trials wait for a device of kind {kind}, on which their stage began"
+            event = f"{began} (rule F9; a study that waives it takes any)"
+            if kind not in there and event not in self._events:
+                self._tell(event)
+
     def _usable_devices(self) -> list[Device]:
+        """Those that trials of this stage may have."""
+        self._bind()
+        found = self._found_devices()
+        return [device for device in found if device.kind in self._kinds.values()] if self._alike else found
+
+    def _found_devices(self) -> list[Device]:
         found = [device for node in self._watch.usable() for device in self._devices_of(node)]
         return [device for device in found if self._failed_starts.get(device, 0) < _FAILED_STARTS]
 
@@ -263,13 +305,14 @@ class Pool:
         for device in usable:
             if device not in taken and self._placement.coming() > self._idle():
                 self._start(device)
-        if not usable and any(count >= _FAILED_STARTS for count in self._failed_starts.values()):
+        if not self._found_devices() and any(count >= _FAILED_STARTS for count in self._failed_starts.values()):
             for trial in self._placement.waiting():
                 self._refuse(trial, "no device is left on which a cohort starts; logs/pool.log says why")
 
     def _idle(self) -> int:
-        """Cohorts that start, are made ready or have no trials."""
-        return sum(not self._placement.trials_of(number) for number in self._cohorts)
+        """Cohorts that start, are made ready or have no trials, and may have some."""
+        fit = [n for n, c in self._cohorts.items() if not self._alike or c.device.kind in self._kinds.values()]
+        return sum(not self._placement.trials_of(number) for number in fit)
 
     def _start(self, device: Device) -> None:
         number = len(self._ends)
@@ -293,7 +336,7 @@ class Pool:
         """Take a cohort in when it has started, and out when it has died."""
         try:
             await reached(actor.__ray_ready__.remote)
-            self._placement.add(number)
+            self._placement.add(number, self._cohorts[number].device.kind)
             self._move()
             await reached(actor.lives.remote)
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
@@ -367,7 +410,7 @@ class Pool:
             return
         except RayTaskError as error:
             self._placement.remove(number)
-            self._placement.add(number)
+            self._placement.add(number, self._cohorts[number].device.kind)
             for trial in self._placement.waiting():
                 if self._tasks[trial].workload.name == workload:
                     self._refuse(trial, _one_line(error))
@@ -396,7 +439,7 @@ class Pool:
             return
         if self._applicants.get(trial) is applicant:
             del self._applicants[trial]
-            applicant.place.set_result((number, cohort.actor))
+            applicant.place.set_result((number, cohort.actor, cohort.device.kind))
         self._expect(self._tasks[trial].workload.name)
 
     def _expect(self, workload: str) -> None:
@@ -462,10 +505,13 @@ def devices_of(node: str, resources: Mapping[str, float], kind: str, cpus: int) 
         cpus: cores of a cohort that trains on a CPU.
     """
     cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    model = "+".join(sorted(n.removeprefix(_MODEL) for n in resources if n.startswith(_MODEL)))
     if kind == "cpu":
-        return [Device(node=node, index=index, cpus=cpus, gpus=0, threads=cpus) for index in range(cores // cpus)]
-    share = cores // gpus if gpus else 0
-    return [Device(node=node, index=index, cpus=min(share, 1), gpus=1, threads=max(share, 1)) for index in range(gpus)]
+        count, share = cores // cpus, {"cpus": cpus, "gpus": 0, "threads": cpus}
+    else:
+        count, each = gpus, cores // gpus if gpus else 0
+        share = {"cpus": min(each, 1), "gpus": 1, "threads": max(each, 1)}
+    return [Device(node=node, index=index, kind=model, **share) for index in range(count)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -59,13 +59,15 @@ class PoolClient:
         """Nothing: Tune pickles the queue that asks it, and a resumed run makes its own."""
         return {}
 
-    def plan(self, tasks: Mapping[str, TrialTask], *, others_wait: bool) -> None:
-        """A stage begins with these trials of the cohort engine; others may wait for the devices."""
+    def plan(
+        self, tasks: Mapping[str, TrialTask], *, others_wait: bool, kinds: Mapping[str, str] | None = None
+    ) -> None:
+        """A stage begins with these trials of the cohort engine; arguments are those of `Pool.plan`."""
         if self.actor is None and not tasks and not self._joined:
             return
         if self.actor is None:
             self.actor = self._started()
-        ray.get(self.actor.plan.remote(dict(tasks), others_wait))
+        ray.get(self.actor.plan.remote(dict(tasks), others_wait, kinds))
         self._asked_at = -_ASK_EVERY_S
 
     def look(self) -> None:

@@ -25,7 +25,7 @@ from tunebench.tuning.asha import PerArmAsha
 from tunebench.tuning.failures import reason_of
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.run_folder import outside_the_study
-from tunebench.tuning.tenancy import evaluation_of
+from tunebench.tuning.tenancy import DEVICE, evaluation_of
 from tunebench.tuning.trial_log import stall_file
 
 
@@ -84,8 +84,8 @@ class Recorder(Callback):
         key = self._key(trial)
         evaluation = Evaluation.from_plain(evaluation_of(result))
         self._last[key.trial_id] = evaluation
-        if evaluation.groups:
-            self._journal.start(key, evaluation.groups)
+        if evaluation.groups or result.get(DEVICE) is not None:
+            self._journal.start(key, evaluation.groups, device=result.get(DEVICE))
         if evaluation.at_rung and math.isfinite(evaluation.objective):
             self._journal.record_rung(key, evaluation.step, evaluation.objective)
         self._write_decisions()  # after the rung: what a kill leaves out is decided again from the rungs

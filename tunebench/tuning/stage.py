@@ -76,7 +76,8 @@ def run_stage(
     check_fit(study.resources, waits=options.address is not None, console=console)
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
     alone = {name: task for name, task in tasks.items() if name not in tenants}
-    pool.plan(tenants, others_wait=bool(alone))
+    alike = stage is Stage.CONFIRM and "F9" not in study.waive
+    pool.plan(tenants, others_wait=bool(alone), kinds=_kinds(records) if alike else None)
     # the queue and the scheduler each ask the other while the stage runs
     orders = Orders(options.run)
     queue = TrialQueue(
@@ -106,6 +107,11 @@ def run_stage(
     with progress:
         callbacks = [recorder, Watching(boards, pool)]
         fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
+
+
+def _kinds(records: list[TrialRecord]) -> dict[str, str]:
+    """Kinds of device on which the trials of each workload have begun, where any has."""
+    return {record.key.workload: record.device for record in records if record.device is not None}
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:

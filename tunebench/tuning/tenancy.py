@@ -28,6 +28,9 @@ VISIT = "visit"
 """
 
 
+DEVICE = "device"
+"""Key of a report that names the kind of device it comes from, such as ``H200``; empty where nobody knows."""
+
 _READ_BY_SCHEDULER = ("step", "objective", "outcome", "at_rung")
 EVALUATION = "evaluation"
 """Key of a report that holds the whole evaluation as JSON."""
@@ -62,9 +65,9 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
     with log_to(trial_log(run, trial)):
         while True:
             visit = uuid.uuid4().hex
-            number, cohort = _call(partial(pool.place.remote, trial, tenant, visit))
+            number, cohort, kind = _call(partial(pool.place.remote, trial, tenant, visit))
             try:
-                _stay(trial, cohort, visit)
+                _stay(trial, cohort, visit, kind)
                 return
             except RayActorError:
                 fate = _call(partial(pool.fate.remote, number, trial))
@@ -76,14 +79,14 @@ def rent(trial: str, pool: Handle, run: Path) -> None:
             log.warning("it looks for another place: %s", fate.message)
 
 
-def _stay(trial: str, cohort: Handle, visit: str) -> None:
+def _stay(trial: str, cohort: Handle, visit: str, kind: str) -> None:
     """Pass on reports and decisions until the trial has ended; its slot is free after that, whatever happens."""
     heard = 0
     try:
         while True:
             report: dict[str, Any] = _call(partial(cohort.next_report.remote, trial, visit, heard))
             heard += 1
-            tune.report({**for_tune(report["evaluation"]), VISIT: visit})
+            tune.report({**for_tune(report["evaluation"]), VISIT: visit, DEVICE: kind})
             if report["evaluation"]["outcome"] is not None:
                 return
             if report["decides"]:
