@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,9 +83,7 @@ def test_nodes_that_join_are_checked_and_used_and_those_about_to_go_are_left(clu
         first = driver.saved().keys()
         cluster.add_node(**SMALL, env_vars=with_old_e3nn(tmp_path))
         node = cluster.add_node(**SMALL)
-        joined = time.monotonic()
         driver.wait(lambda: is_open(1))
-        used_after_s = time.monotonic() - joined
         driver.wait(lambda: len(driver.saved()) == 4)
         moved = sorted(driver.saved().keys() - first)
         drain(cluster, node)
@@ -98,8 +95,6 @@ def test_nodes_that_join_are_checked_and_used_and_those_about_to_go_are_left(clu
         now = [last_evaluation(tmp_path / "run", name) for name in moved]
     finally:
         driver.end()
-    print(f"used after {used_after_s:.1f} s")
-    assert used_after_s < 60.0
     events = (logs / "pool.log").read_text()
     assert events.count("found e3nn 0.5.0") == 1
     assert events.count("it is being drained, its trials go on elsewhere") == 1
