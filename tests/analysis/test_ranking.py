@@ -278,7 +278,7 @@ def test_json_is_strict_and_spells_failures_out(tmp_path: Path) -> None:
     forces = next(
         e for e in soap["errors"] if (e["split"], e["readout"], e["metric"]) == ("test", "policy", "forces_mae")
     )
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert forces["values"] == {"0": 0.021, "1": "inf", "2": "inf", "3": 0.023, "4": "inf"}
     assert forces["iqm"] == "inf"
 

@@ -27,7 +27,7 @@ from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder
 from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
-from tunebench.engine.modules import build_module
+from tunebench.engine.modules import trial_module
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.record import ERROR_PARTS, Reason, Stage
 from tunebench.study.search_space import available_optimizers
@@ -129,7 +129,7 @@ def test_soap_amplifies_one_ulp_in_the_weights_to_rounding_only(
     task = trials.task(optimizer, **settings)
     expected = lightning(task)
     generator = torch.Generator().manual_seed(1)
-    monkeypatch.setattr("tunebench.engine.lightning.build_module", partial(_perturbed_module, generator))
+    monkeypatch.setattr("tunebench.engine.lightning.trial_module", partial(_perturbed_module, generator))
     found = lightning(trials.task(optimizer, **settings))
     departures = [abs(one.train_loss / other.train_loss - 1) for one, other in zip(found, expected, strict=True)]
     assert 0.0 < max(departures) < 1e-9
@@ -137,7 +137,7 @@ def test_soap_amplifies_one_ulp_in_the_weights_to_rounding_only(
 
 def _perturbed_module(generator: torch.Generator, *arguments: Any) -> Any:
     """NequIP's module with every weight moved to one of its two neighbours in floating point."""
-    module = build_module(*arguments)
+    module = trial_module(*arguments)
     with torch.no_grad():
         for weight in module.model.parameters():
             up = torch.rand(weight.shape, generator=generator, dtype=torch.float64) < 0.5

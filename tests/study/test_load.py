@@ -103,7 +103,7 @@ def test_there_are_many_broken_studies_with_different_names() -> None:
         (put("workloads", 0, "data", "sytem", value="x"), "did you mean system?"),
         (
             put("workloads", 0, "data", "source", value="xtbb"),
-            "found 'xtbb', allowed: extxyz, nequip, xtb; did you mean xtb?",
+            "found 'xtbb', allowed: extxyz, nequip, xtb, xtb-mixture; did you mean xtb?",
         ),
         (put("workloads", 0, "data", "system", value="ethanoll"), "did you mean ethanol?"),
         (

@@ -60,8 +60,8 @@ def test_a_study_is_paused_resumed_cancelled_and_drained(drive: Callable[[], Dri
 
     def all_are_held() -> bool:
         saved = driver.saved()
-        time.sleep(5.0)
-        return len(saved) == 3 and driver.saved() == saved  # each comes as far as its next evaluation
+        time.sleep(15.0)
+        return driver.saved() == saved  # each that has begun comes as far as its next evaluation
 
     driver.wait(all_are_held)
     paused, computed_s = driver.saved(), cpu_s(driver.process.pid)

@@ -146,7 +146,8 @@ class Storage:
 
     @cached_property
     def _connection(self) -> tuple[Any, str]:
-        options = {"use_listings_cache": False} if is_address(self.address) else {}
+        # one that fsspec keeps would go on with the server and keys of an earlier environment
+        options = {"use_listings_cache": False, "skip_instance_cache": True} if is_address(self.address) else {}
         system, root = fsspec.core.url_to_fs(self.address, **options)
         return system, root.rstrip("/")
 

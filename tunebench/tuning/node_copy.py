@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tunebench.engine.task import TrialTask
 from tunebench.study.storage import Storage
-from tunebench.workloads.data import cache_folder
-from tunebench.workloads.stored_data import fetch_prepared
+
+if TYPE_CHECKING:
+    from tunebench.engine.task import TrialTask
 
 
 def run_here(run: Path, storage: Storage | None) -> Path:
     """The run directory on this node: that of the driver, or with a storage a folder in this node's cache."""
     if storage is None:
         return run
+    from tunebench.workloads.data import cache_folder  # imports ASE, which tenants do without
+
     address = storage.address.rstrip("/")
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
     return cache_folder().expanduser().resolve() / "runs" / f"{address.rpartition('/')[2]}-{digest}"
@@ -30,4 +33,6 @@ def task_here(task: TrialTask) -> TrialTask:
     """
     if task.storage is None:
         return task
+    from tunebench.workloads.stored_data import fetch_prepared  # likewise
+
     return replace(task, run=run_here(task.run, task.storage), data=fetch_prepared(task.storage, task.data))
