@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.s3 import BUCKET, S3Server, s3_server
-from tests.tuning.conftest import STUDY, ranking_of, tunebench, write_study
+from tests.tuning.conftest import STUDY, tunebench, write_study
 from tests.tuning.driver import Driver
+from tests.tuning.test_kill import order_of_arms
 from tunebench.cli import run_command
 from tunebench.study.journal import read_trials
 from tunebench.study.record import JOURNAL
@@ -53,7 +54,7 @@ def test_a_study_goes_on_from_its_storage_when_driver_and_disk_are_gone(
     tunebench("run", address, "--run", tmp_path / "other")
     assert run_command(["fetch", address, "--run", str(tmp_path / "fetched")]) == 0
     assert run_command(["report", str(tmp_path / "fetched")]) == 0
-    assert ranking_of(tmp_path / "fetched") == ranking_of(finished_run)
+    assert order_of_arms(tmp_path / "fetched") == order_of_arms(finished_run)
     trials = read_trials(tmp_path / "fetched")
     assert max(trial.ledger["attempts"] for trial in trials) > 1
     kept = {name.split("/")[1] for name in Storage(address).files("checkpoints")}
