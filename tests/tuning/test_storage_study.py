@@ -37,6 +37,7 @@ def addresses(storage: str) -> list[str]:
     return [f"{storage}/{name.split('/')[0]}" for name in Storage(storage).files() if name.endswith("/study.sha256")]
 
 
+@pytest.mark.skipif("TUNEBENCH_S3_STUDY" not in os.environ, reason="takes minutes: set TUNEBENCH_S3_STUDY=1")
 def test_a_study_goes_on_from_its_storage_when_driver_and_disk_are_gone(
     server: S3Server, finished_study: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
