@@ -506,7 +506,7 @@ class _Acquired(AcquiredResources):
         return [SimpleNamespace(remote=lambda **given: _FakeActor(self.below, given["config"]["trial"]))]
 
     def _annotate_remote_entity(self, entity: Any, bundle: Any, bundle_index: int) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # Ray's own `annotate_remote_entities`, replaced above, is its only caller
 
 
 class AmpleResources(ResourceManager):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted, RunError
 from tunebench.study.record import JOURNAL, Readout, Split, Stage
 from tunebench.study.spec import AshaForm, AshaOrder, StudyError
+from tunebench.tuning.console_lines import say
 
 app = typer.Typer(
     add_completion=False,
@@ -201,13 +203,9 @@ def pretrain_command(
     check_pretraining(resolved)
     data = prepare_workloads(resolved, console)
     check_arms(resolved, data)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
     (prepared,) = data.values()
     file = out or base_path(resolved)
-    record = pretrain(resolved, prepared, file, say)
+    record = pretrain(resolved, prepared, file, partial(say, console))
     _print({"file": str(file), **record}, as_json, lambda found: f"base model: {found['file']}")
 
 
@@ -376,12 +374,8 @@ def curvature_command(
         seed=seed,
         keep_graphs=not recompute,
     )
-    console = _stderr()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    record = measure_curvature(run_folder, trial, settings, say, at=at or (), along_rungs=rungs, device=device)
+    tell = partial(say, _stderr())
+    record = measure_curvature(run_folder, trial, settings, tell, at=at or (), along_rungs=rungs, device=device)
     _print(summary_rows(record), as_json, _curvature_table)
 
 

@@ -12,6 +12,7 @@ shift 3
 # what all hosts share, taken into the private folders before these hide the originals
 for folder in "$@"; do
   case $folder in
+    # below a folder that this host replaces with its own further down, so into the replacement
     /root/*) place=$own/root${folder#/root} ;;
     /tmp/*) place=$own/tmp${folder#/tmp} ;;
     *) continue ;;

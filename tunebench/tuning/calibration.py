@@ -13,6 +13,7 @@ from tunebench.study.journal import read_trials
 from tunebench.study.record import JOURNAL
 from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.step_times import LARGEST_SPREAD, UNSTEADY, Calibration, write_calibration
+from tunebench.tuning.console_lines import say
 from tunebench.tuning.preparation import prepare_workloads
 from tunebench.tuning.run_folder import check_data, default_run_folder, held_run
 from tunebench.workloads.data import graphs_folder
@@ -55,14 +56,14 @@ def calibrate_run(source: Path, options: CalibrateOptions, console: Console) -> 
         from tunebench.engine.solo import SoloPlan, solo_steps  # imports torch and NequIP
 
         plan = SoloPlan(rounds=options.rounds, seconds=options.seconds, cache=graphs_folder())
-        table = solo_steps(resolved, data, searched_by_arm(run), plan, lambda line: _say(console, line))
+        table = solo_steps(resolved, data, searched_by_arm(run), plan, lambda line: say(console, line))
         if not table.steps:
             raise RunError(
                 f"{run}: found no step that could be measured, allowed: at least one; the lines above say why"
             )
         unsteady = sum(step.spread > LARGEST_SPREAD for step in table.steps)
         if unsteady:
-            _say(console, f"warning: {unsteady} of {len(table.steps)} entries {UNSTEADY}")
+            say(console, f"warning: {unsteady} of {len(table.steps)} entries {UNSTEADY}")
         return write_calibration(run, table), table
 
 
@@ -79,7 +80,3 @@ def searched_by_arm(run: Path) -> dict[str, list[dict[str, Any]]]:
     for trial in read_trials(run) if (run / JOURNAL).is_file() else []:
         found.setdefault(trial.key.arm, []).append(trial.params)
     return found
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -29,3 +29,10 @@ def reason_of(error: object) -> Reason:
 def node_is_gone(error: object) -> bool:
     """Whether a process died with its node, which says nothing of what it did."""
     return (isinstance(error, RayActorError) and error.preempted) or _NODE_GONE in str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in a process of Ray's, at most 500 characters; of a traceback its last line."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return " ".join((lines[0] if isinstance(error, RayActorError) else lines[-1]).split())[:500]

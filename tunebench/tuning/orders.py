@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tunebench.study.control import Control, Wish
 from tunebench.study.errors import Interrupted
+
+_LOOK_EVERY_S = 1.0
 
 
 class Orders:
@@ -29,6 +32,16 @@ class Orders:
         """
         self.obey(self._active)
         return self.wish() is not Wish.RESUME
+
+    def wait_for_resume(self) -> None:
+        """Return once the run is not paused.
+
+        Raises:
+            Interrupted: as `obey`.
+        """
+        while self.wish() is Wish.PAUSE:
+            time.sleep(_LOOK_EVERY_S)
+        self.obey()
 
     def obey(self, active: Callable[[], int] = int) -> None:
         """End the run where that is asked: at once, or with the last of its active trials, which `active` counts.

@@ -25,7 +25,7 @@ from tunebench.engine.watchdog import why_ended
 from tunebench.study.spec import Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.cohort_actor import CohortActor
-from tunebench.tuning.failures import node_is_gone
+from tunebench.tuning.failures import node_is_gone, one_line
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_checks import Node, Standard, alive_nodes, on_node
 from tunebench.tuning.node_copy import run_here
@@ -256,7 +256,7 @@ class Pool:
         try:
             await reached(actor.save.remote)
         except (RayActorError, RayTaskError) as error:
-            log.warning("cohort %d could not save its trials: %s", number, _one_line(error))
+            log.warning("cohort %d could not save its trials: %s", number, one_line(error))
         self._lose(number, _End("its node is being drained", again=True))
 
     async def _check(self, node: Node) -> None:
@@ -342,7 +342,7 @@ class Pool:
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
             stalled = await self._stalled(number)
             again = not stalled and node_is_gone(error)  # no trial's fault
-            self._lose(number, _End(stalled or _one_line(error), again=again))
+            self._lose(number, _End(stalled or one_line(error), again=again))
 
     async def _stalled(self, number: int) -> str:
         """Whether a cohort's watchdog has ended it, in words."""
@@ -413,7 +413,7 @@ class Pool:
             self._placement.add(number, self._cohorts[number].device.kind)
             for trial in self._placement.waiting():
                 if self._tasks[trial].workload.name == workload:
-                    self._refuse(trial, _one_line(error))
+                    self._refuse(trial, one_line(error))
             return
         cohort = self._cohorts.get(number)
         if cohort is not None:
@@ -434,7 +434,7 @@ class Pool:
         except RayActorError:  # `_lose` lets it wait again
             return
         except RayTaskError as error:
-            self._refuse(trial, _one_line(error))
+            self._refuse(trial, one_line(error))
             self._move()
             return
         if self._applicants.get(trial) is applicant:
@@ -512,9 +512,3 @@ def devices_of(node: str, resources: Mapping[str, float], kind: str, cpus: int) 
         count, each = gpus, cores // gpus if gpus else 0
         share = {"cpus": min(each, 1), "gpus": 1, "threads": max(each, 1)}
     return [Device(node=node, index=index, kind=model, **share) for index in range(count)]
-
-
-def _one_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return " ".join((lines[0] if isinstance(error, RayActorError) else lines[-1]).split())[:500]

@@ -6,7 +6,6 @@ goes on where a kill came, with the entry that it interrupted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import ModelProperties, Study
 from tunebench.study.storage import Storage
+from tunebench.tuning.console_lines import say
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import join_ray
@@ -215,10 +215,10 @@ class _Tasks:
             Interrupted: the run is cancelled or drained.
         """
         while left := [job for job in jobs if job.left(self._run)]:
-            self._obey()
-            self._say(f"properties: {len(jobs) - len(left)} of {len(jobs)} {what} done")
+            self._orders.wait_for_resume()
+            say(self._console, f"properties: {len(jobs) - len(left)} of {len(jobs)} {what} done")
             self._round(left)
-        self._say(f"properties: {len(jobs)} of {len(jobs)} {what} done")
+        say(self._console, f"properties: {len(jobs)} of {len(jobs)} {what} done")
 
     def _round(self, jobs: Sequence[ModelJob]) -> None:
         """Start all jobs and wait; Ray runs as many at a time as the cluster has room for."""
@@ -258,19 +258,5 @@ class _Tasks:
             reason = f"its process ended: {' '.join(str(error).split())[:200]}"
         if job.readout is None:
             raise RunError(f"{self._run}: {job.model} of the properties: {reason}")
-        self._say(f"{job.model}: {reason}")
+        say(self._console, f"{job.model}: {reason}")
         fail_model(self._run, job.model, job.measured, reason)
-
-    def _obey(self) -> None:
-        """Wait while the run is paused.
-
-        Raises:
-            Interrupted: it is cancelled or drained.
-        """
-        self._orders.obey()
-        while self._orders.wish() is Wish.PAUSE:
-            time.sleep(_LOOK_EVERY_S)
-            self._orders.obey()
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -33,6 +33,7 @@ from tunebench.study.spec import Sampler
 from tunebench.study.step_times import Calibration
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
+from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
 from tunebench.tuning.preparation import check_arms, initial_weights, prepare_workloads
@@ -87,7 +88,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
     begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
     if not begun:  # later its ranges may be wider than fair ones are at the start
         refuse_unfair(resolved)
-    with held_run(resolved, options.run, storage), RunCopy(options.run, storage, partial(_say, console)) as copy:
+    with held_run(resolved, options.run, storage), RunCopy(options.run, storage, partial(say, console)) as copy:
         if options.extend:
             _extend(resolved, options, console)
         resolved = extended(resolved, options.run)
@@ -231,7 +232,7 @@ class _Run:
         )
 
     def _say(self, line: str) -> None:
-        _say(self._console, line)
+        say(self._console, line)
 
     def _plan_tpe(self, number: int) -> None:
         records = self._journal.trials()
@@ -321,10 +322,6 @@ class _Run:
             run=run,
             storage=self._storage,
         )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def best_configurations(records: list[TrialRecord], arm: str, count: int) -> list[TrialRecord]:

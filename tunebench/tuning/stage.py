@@ -98,15 +98,17 @@ def run_stage(
         obey=orders.obey,
         copy=copy,
     )
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            train_trial, tasks=alone, pool=pool.actor, run=options.run.resolve(), storage=copy.storage
-        ),
-        Shares(trial_resources(study.resources), frozenset(alone)),
-    )
+    trainable = _trainable(alone, pool, options.run, copy.storage, study.resources)
     with progress:
         callbacks = [recorder, Watching(boards, pool)]
         fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
+
+
+def _trainable(
+    alone: dict[str, TrialTask], pool: PoolClient, run: Path, storage: Storage | None, resources: Resources
+) -> Any:
+    trial = tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=run.resolve(), storage=storage)
+    return tune.with_resources(trial, Shares(trial_resources(resources), frozenset(alone)))
 
 
 def _kinds(records: list[TrialRecord]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
 from tunebench.study.control import Wish
@@ -23,7 +23,9 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import Resources, StudyError
 from tunebench.study.step_times import CALIBRATION, Calibration
 from tunebench.study.storage import Storage
+from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched
+from tunebench.tuning.failures import one_line
 from tunebench.tuning.node_copy import run_here
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
@@ -74,7 +76,7 @@ def measured_steps(
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resolved.study.resources, waits=address is not None, console=console)
     where = "of this machine" if address is None else "of the cluster"
-    _say(console, f"{_MEASURING} on a device {where}; {run / LOGS / _LOG} follows")
+    say(console, f"{_MEASURING} on a device {where}; {run / LOGS / _LOG} follows")
     arguments = resolved, dict(data), dict(searched), run.resolve(), storage
     orders = Orders(run)
     with posting(run) as post:
@@ -83,14 +85,15 @@ def measured_steps(
                 table, lines = _once(resolved.study.resources, arguments, orders, post, console)
                 break
             except _Paused:
-                _wait_for_resume(orders, post)
+                post("paused, without a device")
+                orders.wait_for_resume()
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, StudyError | WorkloadError) else None
                 raise cause or _failed(run, error) from error
             except RayError as error:
                 raise _failed(run, error) from error
     for line in lines:
-        _say(console, line)
+        say(console, line)
     return table
 
 
@@ -106,7 +109,7 @@ def _once(
     device = remote(max_restarts=0, **_share(resources))(_Device).remote()
     try:
         post(_WAITING)
-        _awaited(device.__ray_ready__.remote(), orders, lambda: _say(console, _WAITING))
+        _awaited(device.__ray_ready__.remote(), orders, lambda: say(console, _WAITING))
         post(_MEASURING)
         measured: tuple[Calibration, list[str]] = _awaited(device.measure.remote(*arguments), orders)
         return measured
@@ -130,13 +133,6 @@ def _awaited(reference: Any, orders: Orders, tell: Callable[[], None] = lambda: 
             tell()
             told = True
     return ray.get(reference)
-
-
-def _wait_for_resume(orders: Orders, post: Callable[[str], None]) -> None:
-    post("paused, without a device")
-    while orders.wish() is Wish.PAUSE:
-        time.sleep(_LOOK_EVERY_S)
-    orders.obey()
 
 
 def _share(resources: Resources) -> dict[str, float]:
@@ -173,13 +169,8 @@ class _Device:
 
 def _failed(run: Path, error: RayError) -> RunError:
     cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    why = " ".join((lines[0] if isinstance(error, RayActorError) else lines[-1]).split())
     return RunError(
-        f"{run}: found no step times for the cap on device-seconds ({type(cause).__name__}: {why[:300]}), allowed: a "
-        f"device on which the study trains, or a {CALIBRATION} by `tunebench calibrate`"
+        f"{run}: found no step times for the cap on device-seconds ({type(cause).__name__}: "
+        f"{one_line(error)[:300]}), allowed: a device on which the study trains, or a {CALIBRATION} by `tunebench "
+        "calibrate`"
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
