@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,18 @@ from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.plan import ArmPlan, plan_arms
 from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey
 from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Resources
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
+from tunebench.tuning.driver import fit
+from tunebench.tuning.entries import Clerk
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.samplers import configuration, sobol_points
-from tunebench.tuning.stage import Watching, fit
+from tunebench.tuning.stage import Watching
 from tunebench.tuning.tenancy import for_tune
 
 HORIZON, EVALUATIONS, GRACE, FACTOR = 400, 20, 100, 3
@@ -166,8 +170,8 @@ def plan_trials(run: Path, arms: list[ArmPlan], resolved: ResolvedStudy) -> Jour
     points = sobol_points(resolved.spaces.values(), arms[0].trials, 0)
     for arm in arms:
         journal.add_arm(arm.name, {"ranked": True})
-    for index, point in enumerate(points):
-        for arm in arms:
+    with journal.batch():
+        for (index, point), arm in product(enumerate(points), arms):
             distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
             seeds = {"init": 1, "order": 2, "labels": 3}
             params = configuration(arm.space, point)
@@ -192,13 +196,14 @@ def ours(run: Path, trials: int) -> Cost:
         arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1), keys.__getitem__
     )
     pool = PoolClient(Resources(), run)
-    queue = TrialQueue(list(keys), (), pool, None, lambda: scheduler.waiting)
+    queue = TrialQueue(list(keys), (), pool, lambda: scheduler.waiting)
 
     def close_board(key: TrialKey, last: Evaluation) -> None:
         TrialBoard(run, key, params[key.trial_id], last.step).close(last, Reason.STOPPED_ASHA)
 
     engines = dict.fromkeys(("first", "second"), "cohort")
-    recorder = Recorder(journal, scheduler, keys, lambda key: True, progress, engines, stopped=close_board)
+    clerk = Clerk(journal, progress, lambda key: True, RunCopy(run, None))
+    recorder = Recorder(clerk.write, scheduler, keys, run, engines, stopped=close_board)
     meter = Meter()
     callbacks = [recorder, Watching(ArmBoards(run, arms, console), pool), meter]
     with progress:
