@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.tuning.conftest import TRIALS, ended, tunebench
+from tests.tuning.conftest import TRIALS, ended
 from tests.tuning.driver import TENANT, Driver
 from tests.tuning.test_kill import curves_of, decisions, order_of_arms, paid, trains_beyond
+from tunebench.cli import DONE, run_command
 from tunebench.study.journal import read_trials
 from tunebench.tuning.driver import TUNE
 from tunebench.tuning.trial_log import LOGS
@@ -58,7 +59,7 @@ def shared(finished_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Sh
             second.end()
     finally:
         first.end()
-    tunebench("report", run)
+    assert run_command(["report", str(run)]) == DONE
     return Shared(run=run, code=code, said=said, kept=kept, left=left, drivers=drivers)
 
 

@@ -188,15 +188,15 @@ class _Run:
         self._run_stage(Stage.CONFIRM)
 
     def properties(self) -> None:
-        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        """Compute what the study asks of the confirm stage's models; cohorts and drivers end before that."""
         if not self._study.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
 
-        for devices in (self._pool, self._shards):
-            if devices is not None:
-                devices.close()
+        for actors in (self._pool, self._shards):
+            if actors is not None:
+                actors.close()
         run_properties(self._resolved, self._journal.trials(), self._options, self._copy.storage, self._console)
 
     def _plan_sobol(self) -> None:
