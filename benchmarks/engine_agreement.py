@@ -1,12 +1,14 @@
 """Whether a cohort in float32 trains as the lightning engine does, as nearly as the lightning engine repeats itself.
 
 On a GPU sums come in another order in every run, so two lightning runs of one trial differ, too, and the difference
-grows with the steps. Here each trial is run several times by the lightning engine and by a cohort, from the same
-weights, over the same batches; neighbours in the cohort are the trials of the other optimizers. The distance of two
-runs is the largest relative difference of their training losses (means between evaluations), or of their validation
-force errors, over all evaluations. Printed are the distances between lightning runs and those from cohort to lightning
-runs, and at last their ratio: 1 means that a cohort is as near to lightning as lightning is to itself. A spread of 0
-(the CPU in one thread) has no ratio.
+grows with the steps. Each trial is run several times by the lightning engine and by a cohort, from the same weights,
+over the same batches; neighbours in the cohort are the trials of the other optimizers. Further lightning runs are
+nudged: they begin with every weight moved to one of its two neighbours in float32, a rounding that each operation may
+bring where it is done in another way, as a cohort does all of them.
+
+The distance of two runs is the largest relative difference of their training losses (means between evaluations), or of
+their validation force errors, over all evaluations. Printed are the distances among lightning runs, among them and the
+nudged, among cohorts, and from cohorts to lightning runs that are not nudged.
 
     python benchmarks/engine_agreement.py --device cuda --data threebpa --models nequip-small --out OUT [--json FILE]
 """
@@ -20,15 +22,19 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import throughput
 import torch
 
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
+from tunebench.engine.modules import trial_module
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.installed import shipped_folder
 from tunebench.study.record import Readout, Split
@@ -36,6 +42,24 @@ from tunebench.study.resolve import resolve
 from tunebench.workloads.data import prepare
 
 Curve = list[Evaluation]
+Distance = Callable[[Curve, Curve], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Distances of pairs of runs: their median and the largest; 0 of no pairs."""
+
+    median: float
+    largest: float
+
+    @classmethod
+    def of(cls, distance: Distance, pairs: Iterable[tuple[Curve, Curve]]) -> Range:
+        """Over these pairs."""
+        found = [distance(one, other) for one, other in pairs] or [0.0]
+        return cls(median=statistics.median(found), largest=max(found))
+
+    def __str__(self) -> str:
+        return f"{self.median:.1e} (at most {self.largest:.1e})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +68,31 @@ class Agreement:
 
     Attributes:
         measure: what differs.
-        spread: between lightning runs: median and largest.
-        departure: from the cohort's runs to the lightning runs: median and largest.
+        lightning: among lightning runs that are alike.
+        nudged: among all lightning runs, of which one or both are nudged.
+        cohorts: among cohorts.
+        departure: from cohorts to lightning runs that are not nudged.
     """
 
     model: str
     optimizer: str
     measure: str
-    spread: tuple[float, float]
-    departure: tuple[float, float]
-
-    @property
-    def ratio(self) -> float | None:
-        """Median departure over median spread; None where lightning repeats itself exactly."""
-        return self.departure[0] / self.spread[0] if self.spread[0] else None
+    lightning: Range
+    nudged: Range
+    cohorts: Range
+    departure: Range
 
     @property
     def within(self) -> bool:
-        """Whether the cohort's usual distance is no larger than the largest between two lightning runs."""
-        return self.departure[0] <= self.spread[1]
+        """Whether the usual distance of a cohort is no larger than the largest between two lightning runs."""
+        return self.departure.median <= max(self.lightning.largest, self.nudged.largest)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.optimizer}, {self.measure}: lightning runs {self.lightning}, nudged {self.nudged}, "
+            f"cohorts {self.cohorts}, cohort to lightning {self.departure}, "
+            f"{'within' if self.within else 'OUTSIDE'} the spread"
+        )
 
 
 def loss_distance(one: Curve, other: Curve) -> float:
@@ -79,25 +109,40 @@ def _force_error(evaluation: Evaluation) -> float:
     return evaluation.errors[Split.VAL][Readout.RAW]["forces_mae"]
 
 
-MEASURES = {"training loss": loss_distance, "validation force MAE": error_distance}
+MEASURES: dict[str, Distance] = {"training loss": loss_distance, "validation force MAE": error_distance}
 
 
-def compare(model: str, optimizer: str, lightning: Sequence[Curve], cohort: Sequence[Curve]) -> list[Agreement]:
-    """Every measure of one trial, each in its runs by lightning, two or more, and by a cohort."""
-    found = []
-    for measure, distance in MEASURES.items():
-        among = [distance(one, other) for one, other in itertools.combinations(lightning, 2)]
-        across = [distance(one, other) for one, other in itertools.product(cohort, lightning)]
-        found.append(
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """All runs of one trial."""
+
+    lightning: Sequence[Curve]
+    nudged: Sequence[Curve]
+    cohorts: Sequence[Curve]
+
+    def compared(self, model: str, optimizer: str) -> list[Agreement]:
+        """By every measure."""
+        pairs = itertools.combinations
+        beside = [*itertools.product(self.lightning, self.nudged), *pairs(self.nudged, 2)]
+        return [
             Agreement(
                 model=model,
                 optimizer=optimizer,
                 measure=measure,
-                spread=(statistics.median(among), max(among)),
-                departure=(statistics.median(across), max(across)),
+                lightning=Range.of(distance, pairs(self.lightning, 2)),
+                nudged=Range.of(distance, beside),
+                cohorts=Range.of(distance, pairs(self.cohorts, 2)),
+                departure=Range.of(distance, itertools.product(self.cohorts, self.lightning)),
             )
-        )
-    return found
+            for measure, distance in MEASURES.items()
+        ]
+
+    def plain(self) -> dict[str, Any]:
+        """Training loss and validation force error of each run by evaluation, for JSON."""
+        return {
+            name: [[(e.step, e.train_loss, _force_error(e)) for e in curve] for curve in curves]
+            for name, curves in vars(self).items()
+        }
 
 
 def tasks_of(setup: throughput.Setup, model: str, batch_size: int, run: Path) -> list[TrialTask]:
@@ -128,28 +173,50 @@ def by_lightning(task: TrialTask) -> Curve:
     return curve
 
 
-def measure(arguments: argparse.Namespace, setup: throughput.Setup, model: str) -> Iterable[Agreement]:
-    """All optimizers of one model, each as soon as it is known."""
+@contextmanager
+def nudging(seed: int) -> Iterator[None]:
+    """Lightning runs within begin with every weight moved to one of its two neighbours in its own precision."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudged(*arguments: Any) -> Any:
+        module = trial_module(*arguments)
+        with torch.no_grad():
+            for weight in module.model.parameters():
+                up = torch.rand(weight.shape, generator=generator, dtype=torch.float64) < 0.5
+                end = torch.where(up, torch.inf, -torch.inf).to(weight)
+                weight.copy_(torch.nextafter(weight, end))
+        return module
+
+    with mock.patch("tunebench.engine.lightning.trial_module", nudged):
+        yield
+
+
+def runs_of(arguments: argparse.Namespace, setup: throughput.Setup, model: str) -> Iterator[tuple[str, Runs]]:
+    """All runs of each optimizer's trial, as soon as they are done."""
 
     def tasks() -> list[TrialTask]:  # each run in a folder of its own, so that none goes on with another's checkpoint
         return tasks_of(setup, model, arguments.batch_size, Path(tempfile.mkdtemp(dir=folder)))
 
+    def repeated(index: int, seeds: Iterable[int | None]) -> list[Curve]:
+        curves = []
+        for seed in seeds:
+            with nullcontext() if seed is None else nudging(seed):
+                curves.append(by_lightning(tasks()[index]))
+        return curves
+
     with tempfile.TemporaryDirectory() as folder:
         compiled = setup.device == "cuda"
         cohorts = [by_cohort(tasks(), setup.cache, compiled=compiled) for _ in range(arguments.cohorts)]
-        for index, optimizer in enumerate(throughput.MIX):
-            lightning = [by_lightning(tasks()[index]) for _ in range(arguments.repeats)]
-            yield from compare(model, optimizer, lightning, [curves[index] for curves in cohorts])
-
-
-def line(found: Agreement) -> str:
-    """One comparison in words."""
-    ratio = "-" if found.ratio is None else f"{found.ratio:.2f}"
-    return (
-        f"{found.model}, {found.optimizer}, {found.measure}: two lightning runs {found.spread[0]:.2e} "
-        f"(at most {found.spread[1]:.2e}), cohort and lightning {found.departure[0]:.2e} "
-        f"(at most {found.departure[1]:.2e}), ratio {ratio}, {'within' if found.within else 'OUTSIDE'} the spread"
-    )
+        for optimizer in arguments.optimizers:
+            index = throughput.MIX.index(optimizer)
+            yield (
+                optimizer,
+                Runs(
+                    lightning=repeated(index, [None] * arguments.repeats),
+                    nudged=repeated(index, range(arguments.nudged)),
+                    cohorts=[curves[index] for curves in cohorts],
+                ),
+            )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,14 +225,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", choices=list(throughput.STUDIES), default="ethanol")
     parser.add_argument("--models", nargs="+", choices=list(throughput.MODELS), default=["nequip-small"])
+    parser.add_argument("--optimizers", nargs="+", choices=throughput.MIX, default=list(throughput.MIX))
     parser.add_argument("--batch-size", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="of each trial")
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
-    parser.add_argument("--repeats", type=int, default=3, help="lightning runs of each trial, at least 2")
+    parser.add_argument("--repeats", type=int, default=2, help="lightning runs of each trial, at least 2")
+    parser.add_argument("--nudged", type=int, default=2, help="further lightning runs, from weights one rounding apart")
     parser.add_argument("--cohorts", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache of compiled graphs")
-    parser.add_argument("--json", type=Path, help="file for the distances")
+    parser.add_argument("--json", type=Path, help="file for distances and curves")
     arguments = parser.parse_args()
     if arguments.repeats < 2:
         parser.error(f"--repeats: found {arguments.repeats}, allowed: 2 or more")
@@ -192,14 +261,18 @@ def main() -> None:
         profiles=None,
     )
     torch.set_num_threads(arguments.threads)
-    found = []
+    found: list[Agreement] = []
+    curves = {}
     for model in arguments.models:
-        for agreement in measure(arguments, setup, model):
-            found.append(agreement)
-            print(line(agreement), flush=True)
+        for optimizer, runs in runs_of(arguments, setup, model):
+            curves[f"{model}/{optimizer}"] = runs.plain()
+            for agreement in runs.compared(model, optimizer):
+                found.append(agreement)
+                print(agreement, flush=True)
     if arguments.json:
-        entries = [{**asdict(each), "ratio": each.ratio, "within": each.within} for each in found]
-        arguments.json.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        entries = [{**asdict(each), "within": each.within} for each in found]
+        content = {"agreements": entries, "curves": curves}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sys.exit(0 if all(each.within for each in found) else 1)
 
 
