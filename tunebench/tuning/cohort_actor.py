@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_copy import run_here, task_here
 from tunebench.tuning.reach import reached
 from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
+from tunebench.tuning.work_log import on_gpu
 from tunebench.workloads.data import graphs_folder
 from tunebench.workloads.errors import WorkloadError
 
@@ -104,6 +106,8 @@ class CohortActor:
             Refused: the workload cannot be trained.
         """
         self._events = asyncio.get_running_loop()
+        if task.device == "cuda":
+            log.warning("%s", on_gpu(self._number, os.environ.get("CUDA_VISIBLE_DEVICES", "0")))  # which Ray has set
         opened: int = await self._ordered(self._cohort.open, await self._here(task), slots, most, graphs_folder())
         log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
         return opened
