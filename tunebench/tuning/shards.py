@@ -61,7 +61,7 @@ class Shards:
             works: parts of a stage's work.
             pool: that all of them share.
             write: takes the entries of all; those that bind are on the disk when it returns.
-            tick: called about once a second.
+            tick: called whenever something was told, and once a second.
 
         Raises:
             Interrupted: the run was asked to end, and every driver has.
