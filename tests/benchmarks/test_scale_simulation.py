@@ -52,9 +52,12 @@ def test_simulated_time_is_that_of_the_steps_and_the_drivers_own(outcome: dict[s
 
 def test_what_ray_costs_is_charged_and_trials_that_crash_or_lose_their_device_come_back() -> None:
     dear = {"call": 0.05, "wait": 0.05, "wait_each": 0.01}
-    outcome = simulated(**{"here": json.dumps(dear), "crashes": 0.02, "losses-per-day": 200.0})
-    assert outcome["ended"] == TRIALS
+    twice = {"gpus": 2 * GPUS, "trials": 2 * TRIALS, "workloads": 2, "drivers": 2}
+    outcome = simulated(**{"here": json.dumps(dear), "crashes": 0.02, "losses-per-day": 200.0, **twice})
+    assert outcome["ended"] == TRIALS, "one of the two drivers is simulated"
     assert outcome["driver_s"] > 0.05 * outcome["events"]
+    assert outcome["main_s"] > 0.05 * outcome["messages"], "and what it tells the main process"
+    assert TRIALS < outcome["messages"] < outcome["entries"]
 
 
 def test_a_driver_keeps_up_with_as_many_trials_as_its_events_leave_it_time_for() -> None:
