@@ -165,6 +165,10 @@ def run(
             help="more configurations for every arm of a run that began; widens ranges whose best lies at the edge",
         ),
     ] = 0,
+    drivers: Annotated[
+        int,
+        typer.Option(min=1, help="processes that share the arms, where one cannot take in the reports of all trials"),
+    ] = 1,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +179,7 @@ def run(
     console = _stderr() if as_json else _stdout()
     found = source_of(study or str(_default_study()), run_folder, storage)
     console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
-    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage)
+    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage, drivers=drivers)
     records = run_study(found.resolved, options, console)
     summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:

@@ -112,9 +112,9 @@ class CohortActor:
         log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
         return opened
 
-    async def expect(self, trials: int) -> None:
-        """So many trials of the workload are still to come."""
-        self._cohort.submit(self._cohort.expect, trials)
+    async def expect(self, more: bool) -> None:
+        """Whether trials of the workload are still to come."""
+        self._cohort.submit(self._cohort.expect, more)
 
     async def join(self, task: TrialTask, tenant: Handle, visit: str) -> None:
         """Let a trial in; it is watched, and leaves if its tenant dies. Who asks again for a visit lets in nobody else.

@@ -106,7 +106,7 @@ class CohortLoop:
         self._just_held: set[str] = set()
         self._outside: set[str] = set()
         self._reported: list[str] = []
-        self._coming = 0
+        self._coming = False
         self._stretch_s: float | None = None
         self._joined_at = -math.inf
         self._thread = threading.Thread(target=self._run, name="cohort", daemon=True)
@@ -159,9 +159,9 @@ class CohortLoop:
         self._cohort = Cohort(task, slots, cache=cache, watchdog=self._watchdog)
         return slots
 
-    def expect(self, trials: int) -> None:
-        """So many trials of the workload are still to come, here or to another cohort."""
-        self._coming = trials
+    def expect(self, more: bool) -> None:
+        """Whether trials of the workload are still to come, here or to another cohort."""
+        self._coming = more
 
     def join(self, task: TrialTask) -> None:
         """Let a trial in, or report again what its driver may have missed.

@@ -81,10 +81,15 @@ class Fate:
 
 @dataclass
 class _Cohort:
-    """A cohort's actor on its device."""
+    """A cohort's actor on its device.
+
+    Attributes:
+        expects: whether it was told last that trials are to come.
+    """
 
     device: Device
     actor: Handle
+    expects: bool = False
     opened: bool = False
     leaving: bool = False
     asleep_since: float = math.inf
@@ -443,8 +448,13 @@ class Pool:
         self._expect(self._tasks[trial].workload.name)
 
     def _expect(self, workload: str) -> None:
+        """Tell the cohorts of a workload whether trials are to come, where that has changed: it does twice or so."""
+        more = self._placement.company(workload) > 0
         for number in self._placement.of(workload):
-            self._cohorts[number].actor.expect.remote(self._placement.company(workload))
+            cohort = self._cohorts[number]
+            if cohort.expects != more:
+                cohort.expects = more
+                cohort.actor.expect.remote(more)
 
     def _refuse(self, trial: str, message: str) -> None:
         self._placement.leave(trial)

@@ -9,6 +9,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from tunebench.workloads.stored_data import store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
+    from tunebench.tuning.shards import Shards
 
 _TPE_ROUNDS = 8
 
@@ -60,12 +62,14 @@ class RunOptions:
         extend: further configurations for every arm of a run that has begun.
         storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
             lies on a disk that all nodes share, or the run has named a storage before.
+        drivers: processes that drive trials, each with whole arms; 1 for this process alone.
     """
 
     run: Path
     address: str | None = None
     extend: int = 0
     storage: str | None = None
+    drivers: int = 1
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -143,6 +147,7 @@ class _Run:
         self._arms = plan_arms(resolved)
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
+        self._shards: Shards | None = None
         self._boards = ArmBoards(options.run, self._arms, console)
         check_data(options.run, data)
         self._journal = JournalWriter(options.run)
@@ -173,23 +178,25 @@ class _Run:
 
     def confirm(self) -> None:
         """Confirm stage: the best configurations of every arm with fresh seeds, to the horizon, without stopping."""
-        records = self._journal.trials()
-        for arm in self._arms:
-            for record in best_configurations(records, arm.name, self._study.confirm.top_k):
-                for seed_index in range(self._study.confirm.seeds):
+        records, confirm = self._journal.trials(), self._study.confirm
+        with self._journal.batch():
+            for arm in self._arms:
+                best = best_configurations(records, arm.name, confirm.top_k)
+                for record, seed_index in product(best, range(confirm.seeds)):
                     key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
                     self._plan(arm, key, record.params)
         self._run_stage(Stage.CONFIRM)
 
     def properties(self) -> None:
-        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        """Compute what the study asks of the confirm stage's models; cohorts and drivers end before that."""
         if not self._study.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
 
-        if self._pool is not None:
-            self._pool.close()
+        for actors in (self._pool, self._shards):
+            if actors is not None:
+                actors.close()
         run_properties(self._resolved, self._journal.trials(), self._options, self._copy.storage, self._console)
 
     def _plan_sobol(self) -> None:
@@ -213,8 +220,8 @@ class _Run:
             self._say,
             lambda: self._measured(searched),
         )
-        for index in range(count):
-            for arm in self._arms:
+        with self._journal.batch():
+            for index, arm in product(range(count), self._arms):
                 if index < given[arm.name].count:
                     point = points[arm.workload.name][index]
                     own = {name: point[name] for name in arm.space.parameters}
@@ -277,6 +284,7 @@ class _Run:
             self._choose_engines({task.workload.name for task in tasks.values()})
             set_ray_environment(self._options.address)
             from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
+            from tunebench.tuning.shards import Shards
             from tunebench.tuning.stage import run_stage
 
             self._pool = self._pool or PoolClient(
@@ -286,6 +294,7 @@ class _Run:
                 storage=self._storage,
                 say=self._say,
             )
+            self._shards = self._shards or Shards(self._options.run, self._options.drivers)
             run_stage(
                 self._resolved,
                 stage,
@@ -294,6 +303,7 @@ class _Run:
                 tasks,
                 self._engines,
                 self._pool,
+                self._shards,
                 self._copy,
                 self._journal,
                 self._boards,
