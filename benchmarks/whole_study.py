@@ -31,7 +31,7 @@ def prepare_data(file: Path) -> None:
 
 
 def run_changed(file: Path, study: Mapping[str, Any], run: Path, environment: Mapping[str, str] | None = None) -> float:
-    """Run a changed study; returns seconds from the start of `tunebench run` to its end.
+    """Run a changed study without its report; returns seconds from the start of `tunebench run` to its end.
 
     Args:
         file: the study before it was changed, beside which it is written: its paths are relative.
@@ -44,7 +44,8 @@ def run_changed(file: Path, study: Mapping[str, Any], run: Path, environment: Ma
     """
     changed = file.resolve().with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}.yaml")
     changed.write_text(yaml.safe_dump(dict(study), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-c", "from tunebench.cli import main; main()", "run", str(changed), "--run", str(run)]
+    program = [sys.executable, "-c", "from tunebench.cli import main; main()"]
+    command = [*program, "run", str(changed), "--run", str(run), "--no-report"]
     began = time.perf_counter()
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **(environment or {})})
