@@ -46,7 +46,7 @@ def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(trainable.tune, "report", reports.append)
     task = make_task()
-    trainable._train_alone(replace(task, hyperparameters={}))
+    trainable._train_alone(replace(task, hyperparameters={}), "H200")
     report = evaluation_of(reports[0])
     assert len(reports) == 1
     assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
@@ -61,7 +61,7 @@ def test_an_error_that_may_pass_is_left_to_tune_which_starts_the_trial_again(
 
     monkeypatch.setattr("tunebench.engine.lightning.run_trial", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        trainable._train_alone(make_task())
+        trainable._train_alone(make_task(), "")
 
 
 def test_a_process_that_its_watchdog_has_ended_timed_out() -> None:

@@ -24,8 +24,9 @@ from tunebench.study.spec import Engine, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
+from tunebench.tuning.devices import devices_of, most_frequent_first
 from tunebench.tuning.engine_choice import EngineChoice
-from tunebench.tuning.node_checks import Standard, check_nodes
+from tunebench.tuning.node_checks import Standard, alive_nodes, check_nodes
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -77,7 +78,9 @@ def run_stage(
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     alike = stage is Stage.CONFIRM and "F9" not in study.waive
-    pool.plan(tenants, others_wait=bool(alone), kinds=_kinds(records) if alike else None)
+    begun = _kinds(records)
+    bound = _bound(alone, begun, study.resources) if alike else {}
+    pool.plan(tenants, others_wait=bool(alone), kinds=begun if alike else None, bound=bound)
     # the queue and the scheduler each ask the other while the stage runs
     orders = Orders(options.run)
     queue = TrialQueue(
@@ -98,22 +101,41 @@ def run_stage(
         obey=orders.obey,
         copy=copy,
     )
-    trainable = _trainable(alone, pool, options.run, copy.storage, study.resources)
+    trainable = _trainable(alone, bound, pool, options.run, copy.storage, study.resources)
     with progress:
         callbacks = [recorder, Watching(boards, pool)]
         fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
 
 
 def _trainable(
-    alone: dict[str, TrialTask], pool: PoolClient, run: Path, storage: Storage | None, resources: Resources
+    alone: dict[str, TrialTask],
+    bound: Mapping[str, str],
+    pool: PoolClient,
+    run: Path,
+    storage: Storage | None,
+    resources: Resources,
 ) -> Any:
     trial = tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=run.resolve(), storage=storage)
-    return tune.with_resources(trial, Shares(trial_resources(resources), frozenset(alone)))
+    kinds = {name: bound.get(task.workload.name, "") for name, task in alone.items()}
+    return tune.with_resources(trial, Shares(trial_resources(resources), kinds))
 
 
 def _kinds(records: list[TrialRecord]) -> dict[str, str]:
     """Kinds of device on which the trials of each workload have begun, where any has."""
     return {record.key.workload: record.device for record in records if record.device is not None}
+
+
+def _bound(tasks: Mapping[str, TrialTask], begun: Mapping[str, str], resources: Resources) -> dict[str, str]:
+    """Kinds of device, by workload, on which trials of the lightning engine train that are all to train on one.
+
+    That on which their workload has begun, else that of which the cluster has most. Ray cannot be asked for a kind that
+    it does not know, nor for one that is still to come: those trials train on any, and the report says so.
+    """
+    nodes = [devices_of(n["NodeID"], n["Resources"], resources.device, resources.threads) for n in alive_nodes()]
+    there = most_frequent_first(device.kind for devices in nodes for device in devices if device.kind)
+    workloads = dict.fromkeys(task.workload.name for task in tasks.values())
+    found = {workload: begun.get(workload) or next(iter(there), "") for workload in workloads}
+    return {workload: kind for workload, kind in found.items() if kind}
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
