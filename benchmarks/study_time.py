@@ -1,4 +1,4 @@
-"""Wall-clock of one whole study, ASHA and confirm stage included and its report left out, by each engine.
+"""Wall-clock of one whole study, ASHA and confirm stage included, its report not, by each engine.
 
 The study is run once per engine in a folder of its own, one after the other, with the data made before. Engines differ
 in the order in which trials reach their rungs, so the number of training steps may differ too: both the wall-clock and

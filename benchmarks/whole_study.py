@@ -44,8 +44,8 @@ def run_changed(file: Path, study: Mapping[str, Any], run: Path, environment: Ma
     """
     changed = file.resolve().with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}.yaml")
     changed.write_text(yaml.safe_dump(dict(study), sort_keys=False), encoding="utf-8")
-    program = [sys.executable, "-c", "from tunebench.cli import main; main()"]
-    command = [*program, "run", str(changed), "--run", str(run), "--no-report"]
+    main = "from tunebench.cli import main; main()"
+    command = [sys.executable, "-c", main, "run", str(changed), "--run", str(run), "--no-report"]
     began = time.perf_counter()
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **(environment or {})})
