@@ -11,7 +11,7 @@ from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
-from tunebench.tuning.tenancy import evaluation_of
+from tunebench.tuning.tenancy import DEVICE, evaluation_of
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
@@ -48,7 +48,7 @@ def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
     task = make_task()
     trainable._train_alone(replace(task, hyperparameters={}), "H200")
     report = evaluation_of(reports[0])
-    assert len(reports) == 1
+    assert [each[DEVICE] for each in reports] == ["H200"]
     assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
     assert "Traceback" in trial_log(task.run, task.key.trial_id).read_text()
 

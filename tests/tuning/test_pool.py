@@ -130,6 +130,7 @@ def test_a_workload_that_cannot_be_traced_trains_alone_beside_one_that_can(
     trials = read_trials(driver.run)
     assert [trial.reason for trial in trials] == [Reason.FINISHED] * 4
     assert {trial.key.workload: trial.engine for trial in trials} == {"other": "lightning", "ethanol": "cohort"}
+    assert {trial.device for trial in trials} == {""}, "of either engine's trials it is kept that Ray knows no kind"
 
     refused = tunebench(
         "run", write_study(tmp_path, engine="cohort", workloads=[{**short, "name": "other"}]), "--run",

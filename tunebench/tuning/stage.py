@@ -24,9 +24,9 @@ from tunebench.study.spec import Engine, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
-from tunebench.tuning.devices import devices_of, most_frequent_first
+from tunebench.tuning.devices import most_frequent_first
 from tunebench.tuning.engine_choice import EngineChoice
-from tunebench.tuning.node_checks import Standard, alive_nodes, check_nodes
+from tunebench.tuning.node_checks import Standard, check_nodes, devices_there
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import PoolClient, TrialQueue
 from tunebench.tuning.progress import Progress
@@ -131,8 +131,7 @@ def _bound(tasks: Mapping[str, TrialTask], begun: Mapping[str, str], resources: 
     That on which their workload has begun, else that of which the cluster has most. Ray cannot be asked for a kind that
     it does not know, nor for one that is still to come: those trials train on any, and the report says so.
     """
-    nodes = [devices_of(n["NodeID"], n["Resources"], resources.device, resources.threads) for n in alive_nodes()]
-    there = most_frequent_first(device.kind for devices in nodes for device in devices if device.kind)
+    there = most_frequent_first(device.kind for device in devices_there(resources) if device.kind)
     workloads = dict.fromkeys(task.workload.name for task in tasks.values())
     found = {workload: begun.get(workload) or next(iter(there), "") for workload in workloads}
     return {workload: kind for workload, kind in found.items() if kind}

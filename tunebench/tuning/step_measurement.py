@@ -24,10 +24,10 @@ from tunebench.study.notice import posting
 from tunebench.study.spec import Resources, StudyError
 from tunebench.study.step_times import CALIBRATION, DeviceTimes
 from tunebench.tuning.console_lines import say
-from tunebench.tuning.devices import devices_of, most_frequent_first, share_of_kind
+from tunebench.tuning.devices import most_frequent_first, share_of_kind
 from tunebench.tuning.errand import Errand
 from tunebench.tuning.failures import one_line
-from tunebench.tuning.node_checks import alive_nodes
+from tunebench.tuning.node_checks import devices_there
 from tunebench.tuning.node_copy import run_here
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
@@ -108,8 +108,7 @@ def _kinds(errand: Errand, address: str | None, console: Console) -> list[_Place
     join_ray(address, resources, errand.run, errand.storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resources, waits=address is not None, console=console)
-    nodes = [devices_of(n["NodeID"], n["Resources"], resources.device, resources.threads) for n in alive_nodes()]
-    devices = [device for of_node in nodes for device in of_node]
+    devices = devices_there(resources)
     kinds = most_frequent_first(device.kind for device in devices)
     # Ray can be asked for a kind that it knows; where it knows some, a device of none has to be pointed at
     unnamed = next((device.node for device in devices if not device.kind), None) if len(kinds) > 1 else None
@@ -212,7 +211,7 @@ class _Device:
 def _failed(run: Path, error: RayError) -> RunError:
     cause = getattr(error, "cause", None) or error
     return RunError(
-        f"{run}: found no step times for the cap on device-seconds ({type(cause).__name__}: "
+        f"{run}: found no step times ({type(cause).__name__}: "
         f"{one_line(error)[:300]}), allowed: a device on which the study trains, or a {CALIBRATION} by `tunebench "
         "calibrate`"
     )
