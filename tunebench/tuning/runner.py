@@ -31,12 +31,13 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.run_copy import RunCopy, has_run, named_storage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
-from tunebench.study.step_times import Calibration
+from tunebench.study.step_times import DeviceTimes
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
+from tunebench.tuning.errand import Errand
 from tunebench.tuning.preparation import check_arms, initial_weights, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
@@ -228,15 +229,14 @@ class _Run:
                     params, sentinel = searched[arm.name][index], index in given[arm.name].sentinels
                     self._plan(arm, arm.key(Stage.TUNE, index, 0), params, own, sentinel=sentinel)
 
-    def _measured(self, searched: Searched) -> Calibration:
+    def _measured(self, searched: Searched) -> DeviceTimes:
         """Times of the steps that are searched, measured on a device of the kind that the trials will have."""
         set_ray_environment(self._options.address)
         from tunebench.tuning.step_measurement import measured_steps  # imports Ray, which reads its environment now
 
-        options = self._options
-        return measured_steps(
-            self._resolved, self._data, searched, options.run, options.address, self._console, self._storage
-        )
+        run, storage = self._options.run, self._storage
+        errand = Errand(resolved=self._resolved, data=self._data, searched=searched, run=run, storage=storage)
+        return measured_steps(errand, self._options.address, self._console)
 
     def _say(self, line: str) -> None:
         say(self._console, line)
