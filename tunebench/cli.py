@@ -165,6 +165,9 @@ def run(
             help="more configurations for every arm of a run that began; widens ranges whose best lies at the edge",
         ),
     ] = 0,
+    properties: Annotated[
+        bool, typer.Option(help="compute the study's properties; left out, `tunebench properties RUN` does so later")
+    ] = True,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +178,7 @@ def run(
     console = _stderr() if as_json else _stdout()
     found = source_of(study or str(_default_study()), run_folder, storage)
     console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
-    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage)
+    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage, properties=properties)
     records = run_study(found.resolved, options, console)
     summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:
@@ -441,19 +444,43 @@ def inspect_command(
 
 @app.command("properties")
 def properties_command(
-    model: Annotated[str, typer.Argument(help="final.ckpt or refined.pt of a confirm trial, a packaged model, or emt")],
-    settings: Annotated[Path, typer.Option(help="property plan: what to compute, of what, against what")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="run directory, for all models of its confirm stage; or final.ckpt or refined.pt of one of its "
+            "trials, a packaged model, or emt"
+        ),
+    ],
+    settings: Annotated[
+        Path | None, typer.Option(help="property plan of one model: what to compute, of what, against what")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file for the rows, .parquet or .json")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model runs")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="where one model runs, else cpu")] = None,
     readout: Annotated[
         Readout | None, typer.Option(help="weights of a confirm trial; left out, those final.ckpt evaluates with")
     ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join for the models of a run")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute physical properties of a model in float64 and compare them with a reference; exits 1 where one failed."""
+    """Compute physical properties in float64 and compare them with a reference.
+
+    Of one model by a plan, which exits 1 where one failed. Or, on any machine that has the run directory, what the
+    study of a run asks of its models and is not there yet: `tunebench report` shows it.
+    """
     from tunebench.properties.command import evaluate_model, rows_table
 
-    rows = evaluate_model(model, settings, out, device, readout)
+    if Path(model).is_dir():
+        of_one_model = {"--settings": settings, "--out": out, "--device": device, "--readout": readout}
+        _refuse_options(of_one_model, f"none of one model, for {model} is a run directory")
+        from tunebench.tuning.measure_run import measure_run
+
+        found = measure_run(Path(model), address, _stderr() if as_json else _stdout())
+        _print(found, as_json, lambda f: "{run}: {entries} properties of {models} models, {failed} failed".format(**f))
+        return
+    _refuse_options({"--address": address}, f"it for a run directory, not for {model}")
+    if settings is None:
+        raise RunError(f"--settings: found none, allowed: the property plan of {model}, or a run directory instead")
+    rows = evaluate_model(model, settings, out, device or "cpu", readout)
     _print([row.to_plain() for row in rows], as_json, lambda _: rows_table(rows))
     if any(row.failed for row in rows):
         raise typer.Exit(FAILED)
@@ -543,6 +570,13 @@ def _asked(kind: Kind, answers: Mapping[str, str]) -> dict[str, str]:
         )
         for question in open_questions
     }
+
+
+def _refuse_options(given: Mapping[str, Any], allowed: str) -> None:
+    """Refuse options that say nothing where they are given; None stands for one that is left out."""
+    for name, value in given.items():
+        if value is not None:
+            raise RunError(f"{name}: found {value}, allowed: {allowed}")
 
 
 def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:

@@ -66,6 +66,11 @@ class ModelRecord:
         """Entries that are done, failed ones included."""
         return frozenset(row["entry"] for row in self._rows)
 
+    @property
+    def failed(self) -> frozenset[str]:
+        """Of them, those that failed."""
+        return frozenset(row["entry"] for row in self._rows if row["failed"])
+
     def add(self, rows: Sequence[PropertyRow], outcome: Outcome) -> None:
         """Write one entry more."""
         if isinstance(outcome, Measured):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ def run_status(run: Path) -> dict[str, Any]:
     trials = read_trials(run)
     arms = list(dict.fromkeys((trial.key.arm, trial.key.stage) for trial in trials))
     stops = {found.arm: found for found in false_stops(trials)}
-    confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
-    hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
     return {
         "run": str(run),
-        "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
+        "finished": training_is_over(trials),
         "asked": asked(run).value,
         "notice": posted(run),
         "trials": len(trials),
@@ -40,6 +39,13 @@ def run_status(run: Path) -> dict[str, Any]:
             for arm, stage in arms
         ],
     }
+
+
+def training_is_over(trials: Sequence[TrialRecord]) -> bool:
+    """Whether all trials have ended and there are, or can be, no further ones."""
+    confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
+    hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
+    return (confirmed or hopeless) and all(trial.reason is not None for trial in trials)
 
 
 def explain_trial(run: Path, name: str) -> dict[str, Any]:

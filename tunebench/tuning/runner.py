@@ -60,12 +60,14 @@ class RunOptions:
         extend: further configurations for every arm of a run that has begun.
         storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
             lies on a disk that all nodes share, or the run has named a storage before.
+        properties: compute the properties that the study asks for; without, the run ends with its training.
     """
 
     run: Path
     address: str | None = None
     extend: int = 0
     storage: str | None = None
+    properties: bool = True
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -82,7 +84,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    if resolved.study.properties:
+    if resolved.study.properties and options.properties:
         check_installed()  # before hours of training, not after them
     storage = named_storage(options.run, options.storage)
     begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
@@ -183,7 +185,7 @@ class _Run:
 
     def properties(self) -> None:
         """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
-        if not self._study.properties:
+        if not self._study.properties or not self._options.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
