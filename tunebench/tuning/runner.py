@@ -42,7 +42,7 @@ from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
 from tunebench.workloads.data import PreparedData
-from tunebench.workloads.stored_data import store_prepared
+from tunebench.workloads.stored_data import store_initial, store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
@@ -98,6 +98,9 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         if storage is not None:
             for prepared in data.values():
                 store_prepared(storage, prepared)
+            for workload in resolved.study.workloads:
+                if workload.init is not None:
+                    store_initial(storage, workload.init)
         starts = initial_weights(resolved, data)
         if not begun:
             check_arms(resolved, data)

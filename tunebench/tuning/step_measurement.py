@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tunebench.study.storage import Storage
 from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched
 from tunebench.tuning.failures import one_line
-from tunebench.tuning.node_copy import run_here
+from tunebench.tuning.node_copy import run_here, workload_here
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import check_fit, join_ray
@@ -164,6 +165,8 @@ class _Device:
         with log_to(run_here(run, storage) / LOGS / _LOG):
             if storage is not None:
                 data = {name: fetch_prepared(storage, prepared) for name, prepared in data.items()}
+                here = tuple(workload_here(workload, storage) for workload in resolved.study.workloads)
+                resolved = replace(resolved, study=resolved.study.model_copy(update={"workloads": here}))
             return solo_steps(resolved, data, searched, SoloPlan(cache=graphs_folder()), say), lines
 
 
