@@ -48,6 +48,7 @@ _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
 _LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
 ASSUMED_SEED_SD = 0.05
+_TOLD = 2  # properties that are being computed
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -284,9 +285,10 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run until it is finished, from its journal alone; with --json a line per look.
+    """Show the status of a run until it is finished, from its files alone; with --json a line per look.
 
-    Without a terminal the status is printed whenever it has changed.
+    It ends, too, where the training is over and no driver computes the properties that are left. Without a terminal the
+    status is printed whenever it has changed.
     """
     from tunebench.study.status import run_status
 
@@ -299,11 +301,11 @@ def watch(
                 typer.echo(json.dumps(summary))
             if live is not None:
                 live.update(_status_table(summary))
-            elif not as_json and summary != shown:
+            elif not as_json and _without_clocks(summary) != shown:
                 console.print(_status_table(summary))
-            if summary["finished"]:
+            if summary["finished"] or _left_to_others(summary["properties"]):
                 return
-            shown = summary
+            shown = _without_clocks(summary)
             time.sleep(every)
 
 
@@ -475,7 +477,7 @@ def properties_command(
         from tunebench.tuning.measure_run import measure_run
 
         found = measure_run(Path(model), address, _stderr() if as_json else _stdout())
-        _print(found, as_json, lambda f: "{run}: {entries} properties of {models} models, {failed} failed".format(**f))
+        _print(found, as_json, lambda f: _properties_line(f["run"], {**f, "driver": False}))
         return
     _refuse_options({"--address": address}, f"it for a run directory, not for {model}")
     if settings is None:
@@ -756,7 +758,33 @@ def _status_table(summary: dict[str, Any]) -> Table:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
         counts = (str(row[name]) for name in counted)
         table.add_row(row["arm"], row["stage"], row["engine"], *counts, best, _rate(row["false_stops"]))
+    if summary["properties"] is not None:
+        table.caption, table.caption_justify = _properties_line(summary["run"], summary["properties"]), "left"
     return table
+
+
+def _left_to_others(properties: dict[str, Any] | None) -> bool:
+    """Whether a trained run lacks properties and no driver is at work on them."""
+    return properties is not None and properties["complete"] < properties["models"] and not properties["driver"]
+
+
+def _properties_line(run: str, properties: dict[str, Any]) -> str:
+    line = "properties: {complete} of {models} models complete, {done} of {entries} entries, {failed} failed"
+    line = line.format(**properties)
+    if _left_to_others(properties):
+        return f"{line}; no driver computes them: tunebench properties {run}"
+    now = [f"{one['entry']} of {one['model']} for {one['seconds']:.0f} s" for one in properties["running"]]
+    if not now or not properties["driver"]:
+        return line
+    return f"{line}; now {', '.join(now[:_TOLD])}" + (f" and {len(now) - _TOLD} more" if len(now) > _TOLD else "")
+
+
+def _without_clocks(summary: dict[str, Any]) -> dict[str, Any]:
+    """What of a status changes only when something has happened."""
+    if summary["properties"] is None:
+        return summary
+    running = [(one["model"], one["entry"]) for one in summary["properties"]["running"]]
+    return {**summary, "properties": {**summary["properties"], "running": running}}
 
 
 def _rate(stops: dict[str, Any] | None) -> str:

@@ -23,12 +23,13 @@ from tunebench.cli import run_command
 from tunebench.engine.checkpoints import FINAL, LAST, REFINED, checkpoint_folder
 from tunebench.properties.calculators import calculator_from
 from tunebench.properties.model_record import read_reference, rows_file
+from tunebench.properties.models_of_run import ranking_readout
 from tunebench.properties.rows import PropertyRow
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import PROPERTIES, Readout, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import load_run, resolve
-from tunebench.tuning.property_tasks import ranking_readout
+from tunebench.study.status import run_status
 from tunebench.workloads.data import prepare
 from tunebench.workloads.structure_files import read_prepared
 
@@ -123,22 +124,36 @@ def test_a_model_that_cannot_be_opened_is_counted_and_costs_no_other(
 def test_properties_take_neither_the_data_nor_the_study_file(measured_run: Path) -> None:
     said = (measured_run.parent / "first.log").read_text()
     assert "5 of 5 models done" in said
-    assert said.splitlines()[-1].endswith("10 properties of 5 models, 6 failed")
+    assert said.splitlines()[-1] == "properties: 5 of 5 models complete, 10 of 10 entries, 6 failed"
     assert not (measured_run.parent / "no-data").exists()
 
 
-def test_a_run_computes_what_is_not_there_and_nothing_again(measured_run: Path) -> None:
+def test_a_run_computes_what_is_not_there_and_nothing_again(
+    measured_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stamps() -> dict[str, int]:
         return {file.name: file.stat().st_mtime_ns for file in (measured_run / PROPERTIES).iterdir()}
 
     lost = rows_file(measured_run, confirmed(measured_run)[1].key.trial_id)
     rows, before = load_properties(lost), stamps()
     lost.unlink()
+    status = run_status(measured_run)
+    assert not status["finished"]
+    assert {name: status["properties"][name] for name in ("models", "complete", "entries", "done", "failed")} == {
+        "models": 5,
+        "complete": 4,
+        "entries": 10,
+        "done": 8,
+        "failed": 5,
+    }
+    assert run_command(["watch", str(measured_run)]) == 0  # it does not wait for a driver that is not there
+    assert f"no driver computes them: tunebench properties {measured_run}" in " ".join(capsys.readouterr().out.split())
     assert "properties" not in tunebench("run", measured_run, "--no-properties", "--no-report").stdout
     assert not lost.exists()
     done = tunebench("run", measured_run, "--no-report")
     assert "properties: 4 of 5 models done" in done.stdout
     assert load_properties(lost) == rows
+    assert run_status(measured_run)["finished"]
     assert {name for name, stamp in stamps().items() if before[name] != stamp} == {
         lost.name,
         f"{lost.stem}.curves.parquet",

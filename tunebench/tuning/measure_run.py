@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tunebench.properties.model_record import ModelRecord
+from tunebench.properties.models_of_run import property_progress
 from tunebench.properties.registry import check_installed
 from tunebench.study.errors import RunError
 from tunebench.study.journal import read_trials
@@ -30,7 +30,7 @@ def measure_run(run: Path, address: str | None, console: Console) -> dict[str, A
         console: takes lines of progress.
 
     Returns:
-        ``run``, and how many ``models`` there are, how many ``entries`` they have together, and ``failed`` ones.
+        ``run`` and the plain form of `PropertyProgress`.
 
     Raises:
         StudyError: the directory holds no study, or one that was edited.
@@ -51,13 +51,7 @@ def measure_run(run: Path, address: str | None, console: Console) -> dict[str, A
     with held_run(resolved, run, storage), RunCopy(run, storage, partial(say, console)) as copy, leaving_ray():
         copy.fetch()
         set_ray_environment(address)
-        from tunebench.tuning.property_tasks import model_jobs, run_properties  # import Ray, which reads it now
+        from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
 
         run_properties(resolved, records, RunOptions(run=run, address=address), storage, console)
-        done = [ModelRecord(run, job.model) for job in model_jobs(resolved.study, records, run)]
-    return {
-        "run": str(run),
-        "models": len(done),
-        "entries": sum(len(model.entries) for model in done),
-        "failed": sum(len(model.failed) for model in done),
-    }
+    return {"run": str(run), **property_progress(resolved.study, records, run).to_plain()}
