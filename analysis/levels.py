@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.seed_intervals import seed_interval
 from analysis.statistics import Floats, Interval, iqm
-from analysis.wording import ABSENT, number
+from analysis.wording import ABSENT, MINUS, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,4 @@ def level_words(level: Level | None, digits: int = 4) -> str:
     interval = level.interval
     words = number(level.iqm, digits)
     words += f" [{number(interval.low, digits)}, {number(interval.high, digits)}]" if interval else ""
-    return words + (f" ✗ {level.n_failed} of {level.n_seeds}" if level.n_failed else "")
+    return words.replace("-", MINUS) + (f" ✗ {level.n_failed} of {level.n_seeds}" if level.n_failed else "")

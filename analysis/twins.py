@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.levels import Level, level_of
 from analysis.load import Run
-from analysis.model_metrics import model_metrics
+from analysis.model_metrics import model_metrics, unmeasured
 from analysis.property_values import QuantityValues, quantity_values
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.seed_intervals import Estimate, bounds, estimate, p_value, widened
@@ -65,10 +65,15 @@ class TwinValue:
 
 @dataclass(frozen=True, kw_only=True)
 class Twins:
-    """A workload that starts from a trained model beside one on the same data that does not."""
+    """A workload that starts from a trained model beside one on the same data that does not.
+
+    Attributes:
+        incomplete: one line for each model that lacks properties.
+    """
 
     tuned: str
     scratch: str
+    incomplete: tuple[str, ...]
     errors: tuple[TwinError, ...]
     values: tuple[TwinValue, ...]
 
@@ -105,6 +110,7 @@ def _twins(run: Run, tuned: WorkloadRanking, scratch: WorkloadRanking) -> Twins:
     return Twins(
         tuned=tuned.workload,
         scratch=scratch.workload,
+        incomplete=tuple(line for one in (tuned, scratch) for line in unmeasured(run, one.workload, one.arms)),
         errors=tuple(row if row.p is None else replace(row, p=next(adjusted)) for row in rows),
         values=tuple(_values(*(quantity_values(run, one.workload, one.arms) for one in (tuned, scratch)))),
     )
