@@ -37,6 +37,8 @@ from analysis.ranking import Ranking, WorkloadRanking
 from analysis.refinement import refinement_table, refused
 from analysis.statistics import Interval
 from analysis.trial_table import trial_table
+from analysis.twin_tables import twin_tables
+from analysis.twins import twins
 from analysis.verdict import MINIMUM_SEEDS
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
 from tunebench.study.step_times import DeviceTimes, StepTime, TimedStep
@@ -80,6 +82,7 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         charts=drawn.by_workload,
         study_charts=drawn.of_study,
         physics=regime_sections(run, ranking, drawn.of_properties),
+        twins=[(pair, twin_tables(pair)) for pair in twins(run, ranking)],
         curvature=drawn.curvature,
         curvature_charts=drawn.of_curvature,
         curvature_table=curvature_table(drawn.curvature),

@@ -12,11 +12,11 @@ from optuna.distributions import FloatDistribution
 from tests.tuning.conftest import write_study
 from tunebench.cli import BAD_INPUT, DONE, run_command
 from tunebench.study.journal import JournalWriter
+from tunebench.study.lock import LOCK
 from tunebench.study.record import Stage, TrialKey
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.step_times import CALIBRATION, add_tables, read_calibration
 from tunebench.tuning.calibration import searched_by_arm
-from tunebench.tuning.run_folder import LOCK
 
 QUICK = ("--rounds", "2", "--seconds", "0.01")
 

@@ -44,7 +44,7 @@ from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
 from tunebench.workloads.data import PreparedData
-from tunebench.workloads.stored_data import store_prepared
+from tunebench.workloads.stored_data import store_initial, store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
@@ -64,6 +64,7 @@ class RunOptions:
         storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
             lies on a disk that all nodes share, or the run has named a storage before.
         drivers: processes that drive trials, each with whole arms; 1 for this process alone.
+        properties: compute the properties that the study asks for; without, the run ends with its training.
     """
 
     run: Path
@@ -71,6 +72,7 @@ class RunOptions:
     extend: int = 0
     storage: str | None = None
     drivers: int = 1
+    properties: bool = True
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -87,7 +89,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    if resolved.study.properties:
+    if resolved.study.properties and options.properties:
         check_installed()  # before hours of training, not after them
     storage = named_storage(options.run, options.storage)
     begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
@@ -101,6 +103,9 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         if storage is not None:
             for prepared in data.values():
                 store_prepared(storage, prepared)
+            for workload in resolved.study.workloads:
+                if workload.init is not None:
+                    store_initial(storage, workload.init)
         starts = initial_weights(resolved, data)
         if not begun:
             check_arms(resolved, data)
@@ -190,7 +195,7 @@ class _Run:
 
     def properties(self) -> None:
         """Compute what the study asks of the confirm stage's models; cohorts and drivers end before that."""
-        if not self._study.properties:
+        if not self._study.properties or not self._options.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now

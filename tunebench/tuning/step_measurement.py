@@ -28,7 +28,7 @@ from tunebench.tuning.devices import most_frequent_first, share_of_kind
 from tunebench.tuning.errand import Errand
 from tunebench.tuning.failures import one_line
 from tunebench.tuning.node_checks import devices_there
-from tunebench.tuning.node_copy import run_here
+from tunebench.tuning.node_copy import run_here, workload_here
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import check_fit, join_ray
@@ -200,12 +200,14 @@ class _Device:
             lines.append(line)
             log.warning(line)
 
-        run, data, storage = errand.run, errand.data, errand.storage
+        run, resolved, data, storage = errand.run, errand.resolved, errand.data, errand.storage
         with log_to(run_here(run, storage) / LOGS / _LOG):
             if storage is not None:
                 data = {name: fetch_prepared(storage, prepared) for name, prepared in data.items()}
+                here = tuple(workload_here(workload, storage) for workload in resolved.study.workloads)
+                resolved = replace(resolved, study=resolved.study.model_copy(update={"workloads": here}))
             plan = SoloPlan(rounds=errand.rounds, seconds=errand.seconds, cache=graphs_folder(), accelerator=kind)
-            return solo_steps(errand.resolved, data, errand.searched, plan, say), lines
+            return solo_steps(resolved, data, errand.searched, plan, say), lines
 
 
 def _failed(run: Path, error: RayError) -> RunError:
