@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.charts.chart import Chart
+from analysis.levels import Level, level_words
 from analysis.load import Run
 from analysis.metric_results import MetricArm, MetricResult
 from analysis.model_metrics import About, EntryFailures, entries_of, entry_failures, unmeasured
 from analysis.page_tables import Table
+from analysis.property_values import quantity_values
 from analysis.rank_correlation import ADDS_NOTHING_ABOVE, ADDS_NOTHING_FROM, RankCorrelation
 from analysis.ranking import Ranking, WorkloadRanking
 from analysis.statistics import Interval
@@ -85,7 +87,11 @@ def _part(run: Run, workload: WorkloadRanking, about: About, charts: Sequence[Ch
     prefix = chart_prefix(workload.workload, about)
     return RegimePart(
         workload=workload.workload,
-        tables=(*metric_tables(workload, about), *_with_rows(_failure_table(run, failures))),
+        tables=(
+            *metric_tables(workload, about),
+            *_with_rows(_value_table(run, workload, about)),
+            *_with_rows(_failure_table(run, failures)),
+        ),
         charts=tuple(chart for chart in charts if chart.name.startswith(prefix)),
         notes=tuple(f"{trial}, {one.entry}: {why}" for one in failures for trial, why in one.reasons.items()),
         incomplete=unmeasured(run, workload.workload, workload.arms),
@@ -130,12 +136,8 @@ def _cells(metric: MetricResult, optimizers: Iterable[str]) -> tuple[str, ...]:
 
 
 def _cell(arm: MetricArm) -> str:
-    failed = f" ✗ {arm.n_failed} of {arm.n_seeds}" if arm.n_failed else ""
-    return f"{number(arm.iqm, _DIGITS)} {_interval(arm.interval)}{failed}".strip()
-
-
-def _interval(interval: Interval | None) -> str:
-    return "" if interval is None else f"[{number(interval.low, _DIGITS)}, {number(interval.high, _DIGITS)}]"
+    level = Level(iqm=arm.iqm, interval=arm.interval, n_seeds=arm.n_seeds, n_failed=arm.n_failed)
+    return level_words(level, _DIGITS)
 
 
 def _verdict(metric: MetricResult) -> str:
@@ -198,6 +200,26 @@ def _both(arm: MetricArm | None) -> tuple[str, str]:
     if arm is None or arm.refined is None:
         return ABSENT, ABSENT
     return number(arm.iqm, _DIGITS), number(arm.refined, _DIGITS)
+
+
+def _value_table(run: Run, workload: WorkloadRanking, about: About) -> Table:
+    found = [one for one in quantity_values(run, workload.workload, workload.arms) if one.about is about]
+    optimizers = sorted({name for one in found for name in one.models})
+    return Table(
+        title="Values of properties",
+        note="Interquartile mean over the seeds of the selected configuration whose property did not fail, with its "
+        "95 % interval.",
+        columns=("quantity", "unit", "reference", *optimizers),
+        rows=tuple(
+            (
+                f"{one.entry} {one.quantity}",
+                one.unit,
+                number(one.reference),
+                *(level_words(one.level(name)) for name in optimizers),
+            )
+            for one in found
+        ),
+    )
 
 
 def _failure_table(run: Run, failures: Sequence[EntryFailures]) -> Table:

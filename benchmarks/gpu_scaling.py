@@ -2,7 +2,7 @@
 
 Every run is a whole `tunebench run` in a folder of its own, one after the other. Two spans of time are looked at:
 
-- the whole: from the start of the command to its end, with imports, Ray's start, the confirm stage and the report;
+- the whole: from the start of the command to its end, with imports, Ray's start and the confirm stage;
 - the window: from the first evaluation of a tune-stage trial to the end of the last one. Loading compiled graphs and
   capturing CUDA graphs come before that, in each cohort's first steps. What the study costs besides steps is in it:
   trials that start and leave, evaluations, checkpoints, waiting at rungs, and the last trials, which fill no cohort.

@@ -241,6 +241,7 @@ def _work(run: Path, arms: list[ArmPlan], records: list[TrialRecord], resolved: 
         records=records,
         tenants={},
         alone=tasks,
+        bound={},
         engines=dict.fromkeys(workloads, "lightning"),
         rungs={arm.name: arm.rungs for arm in arms},
         asha=resolved.study.tune.asha,

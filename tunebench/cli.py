@@ -48,6 +48,7 @@ _BAD_INPUT = (StudyError, RunError, FileNotFoundError)
 _LONGEST_LINE = 1000  # an unexpected error may carry whole tracebacks; TUNEBENCH_TRACEBACK=1 shows them
 _PIPE_WIDTH = 140  # columns of a table that is not shown on a terminal
 ASSUMED_SEED_SD = 0.05
+_TOLD = 2  # properties that are being computed
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -169,6 +170,9 @@ def run(
         int,
         typer.Option(min=1, help="processes that share the arms, where one cannot take in the reports of all trials"),
     ] = 1,
+    properties: Annotated[
+        bool, typer.Option(help="compute the study's properties; left out, `tunebench properties RUN` does so later")
+    ] = True,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     as_json: Json = False,
 ) -> None:
@@ -179,7 +183,14 @@ def run(
     console = _stderr() if as_json else _stdout()
     found = source_of(study or str(_default_study()), run_folder, storage)
     console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
-    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage, drivers=drivers)
+    options = RunOptions(
+        run=found.folder,
+        address=address,
+        extend=extend,
+        storage=found.storage,
+        drivers=drivers,
+        properties=properties,
+    )
     records = run_study(found.resolved, options, console)
     summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:
@@ -237,14 +248,21 @@ def calibrate(
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="times that every step is measured")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="least duration of one measurement")] = 0.5,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join: measure one device of every kind that it has; left out, this device"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a step of every arm takes alone on this device, for the report's time axis."""
+    """Measure what a step of every arm takes alone on a device, for the report's time axis.
+
+    The file keeps one table for each kind of device; a kind that is measured again gets a new one.
+    """
     from tunebench.tuning.calibration import CalibrateOptions, calibrate_run
 
-    options = CalibrateOptions(run=run_folder, rounds=rounds, seconds=seconds)
-    file, table = calibrate_run(source, options, _stderr())
-    _print({"file": str(file), **table.model_dump(mode="json")}, as_json, _calibration_table)
+    options = CalibrateOptions(run=run_folder, address=address, rounds=rounds, seconds=seconds)
+    file, calibration = calibrate_run(source, options, _stderr())
+    _print({"file": str(file), **calibration.model_dump(mode="json")}, as_json, _calibration_table)
 
 
 @app.command()
@@ -285,9 +303,10 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run until it is finished, from its journal alone; with --json a line per look.
+    """Show the status of a run until it is finished, from its files alone; with --json a line per look.
 
-    Without a terminal the status is printed whenever it has changed.
+    It ends, too, where the training is over and no driver computes the properties that are left. Without a terminal the
+    status is printed whenever it has changed.
     """
     from tunebench.study.status import run_status
 
@@ -300,11 +319,11 @@ def watch(
                 typer.echo(json.dumps(summary))
             if live is not None:
                 live.update(_status_table(summary))
-            elif not as_json and summary != shown:
+            elif not as_json and _without_clocks(summary) != shown:
                 console.print(_status_table(summary))
-            if summary["finished"]:
+            if summary["finished"] or _left_to_others(summary["properties"]):
                 return
-            shown = summary
+            shown = _without_clocks(summary)
             time.sleep(every)
 
 
@@ -445,19 +464,43 @@ def inspect_command(
 
 @app.command("properties")
 def properties_command(
-    model: Annotated[str, typer.Argument(help="final.ckpt or refined.pt of a confirm trial, a packaged model, or emt")],
-    settings: Annotated[Path, typer.Option(help="property plan: what to compute, of what, against what")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="run directory, for all models of its confirm stage; or final.ckpt or refined.pt of one of its "
+            "trials, a packaged model, or emt"
+        ),
+    ],
+    settings: Annotated[
+        Path | None, typer.Option(help="property plan of one model: what to compute, of what, against what")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file for the rows, .parquet or .json")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model runs")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="where one model runs, else cpu")] = None,
     readout: Annotated[
         Readout | None, typer.Option(help="weights of a confirm trial; left out, those final.ckpt evaluates with")
     ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join for the models of a run")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute physical properties of a model in float64 and compare them with a reference; exits 1 where one failed."""
+    """Compute physical properties in float64 and compare them with a reference.
+
+    Of one model by a plan, which exits 1 where one failed. Or, on any machine that has the run directory, what the
+    study of a run asks of its models and is not there yet: `tunebench report` shows it.
+    """
     from tunebench.properties.command import evaluate_model, rows_table
 
-    rows = evaluate_model(model, settings, out, device, readout)
+    if Path(model).is_dir():
+        of_one_model = {"--settings": settings, "--out": out, "--device": device, "--readout": readout}
+        _refuse_options(of_one_model, f"none of one model, for {model} is a run directory")
+        from tunebench.tuning.measure_run import measure_run
+
+        found = measure_run(Path(model), address, _stderr() if as_json else _stdout())
+        _print(found, as_json, lambda f: _properties_line(f["run"], {**f, "driver": False}))
+        return
+    _refuse_options({"--address": address}, f"it for a run directory, not for {model}")
+    if settings is None:
+        raise RunError(f"--settings: found none, allowed: the property plan of {model}, or a run directory instead")
+    rows = evaluate_model(model, settings, out, device or "cpu", readout)
     _print([row.to_plain() for row in rows], as_json, lambda _: rows_table(rows))
     if any(row.failed for row in rows):
         raise typer.Exit(FAILED)
@@ -547,6 +590,13 @@ def _asked(kind: Kind, answers: Mapping[str, str]) -> dict[str, str]:
         )
         for question in open_questions
     }
+
+
+def _refuse_options(given: Mapping[str, Any], allowed: str) -> None:
+    """Refuse options that say nothing where they are given; None stands for one that is left out."""
+    for name, value in given.items():
+        if value is not None:
+            raise RunError(f"{name}: found {value}, allowed: {allowed}")
 
 
 def _ask(run_folder: Path, wish: Wish, as_json: bool) -> None:
@@ -694,15 +744,19 @@ def _doctor_table(found: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _calibration_table(summary: dict[str, Any]) -> Table:
-    title = f"{summary['file']}: {summary['device']}, {summary['rounds']} rounds, median (quartiles)"
+def _calibration_table(summary: dict[str, Any]) -> Group:
+    return Group(summary["file"], *map(_device_table, summary["tables"]))
+
+
+def _device_table(times: dict[str, Any]) -> Table:
+    title = f"{times['device']}, {times['rounds']} rounds, median (quartiles)"
     table = Table(title=title, title_justify="left")
     for column in ("arm", "settings", "engine", "plain step [ms]", "refresh step [ms]"):
         table.add_column(column, justify="right" if "[ms]" in column else "left", no_wrap=column == "arm")
-    for step in summary["steps"]:
+    for step in times["steps"]:
         settings = " ".join(f"{name}={value}" for name, value in step["settings"].items())
-        times = (_milliseconds(step[kind]) for kind in ("plain", "refresh"))
-        table.add_row(f"{step['workload']}/{step['optimizer']}", settings, step["engine"], *times)
+        steps = (_milliseconds(step[kind]) for kind in ("plain", "refresh"))
+        table.add_row(f"{step['workload']}/{step['optimizer']}", settings, step["engine"], *steps)
     return table
 
 
@@ -726,7 +780,33 @@ def _status_table(summary: dict[str, Any]) -> Table:
         best = "" if row["best_objective"] is None else f"{row['best_objective']:.4g}"
         counts = (str(row[name]) for name in counted)
         table.add_row(row["arm"], row["stage"], row["engine"], *counts, best, _rate(row["false_stops"]))
+    if summary["properties"] is not None:
+        table.caption, table.caption_justify = _properties_line(summary["run"], summary["properties"]), "left"
     return table
+
+
+def _left_to_others(properties: dict[str, Any] | None) -> bool:
+    """Whether a trained run lacks properties and no driver is at work on them."""
+    return properties is not None and properties["complete"] < properties["models"] and not properties["driver"]
+
+
+def _properties_line(run: str, properties: dict[str, Any]) -> str:
+    line = "properties: {complete} of {models} models complete, {done} of {entries} entries, {failed} failed"
+    line = line.format(**properties)
+    if _left_to_others(properties):
+        return f"{line}; no driver computes them: tunebench properties {run}"
+    now = [f"{one['entry']} of {one['model']} for {one['seconds']:.0f} s" for one in properties["running"]]
+    if not now or not properties["driver"]:
+        return line
+    return f"{line}; now {', '.join(now[:_TOLD])}" + (f" and {len(now) - _TOLD} more" if len(now) > _TOLD else "")
+
+
+def _without_clocks(summary: dict[str, Any]) -> dict[str, Any]:
+    """What of a status changes only when something has happened."""
+    if summary["properties"] is None:
+        return summary
+    running = [(one["model"], one["entry"]) for one in summary["properties"]["running"]]
+    return {**summary, "properties": {**summary["properties"], "running": running}}
 
 
 def _rate(stops: dict[str, Any] | None) -> str:

@@ -15,9 +15,9 @@ import pytest
 from tests.cluster.deployment import wait_for
 from tests.cluster.lan import CHECKOUT
 from tests.tuning.conftest import STUDY, write_study
-from tunebench.cluster.launch import STORAGE_VARIABLE, driver_command, is_held, main, run_folder
+from tunebench.cluster.launch import STORAGE_VARIABLE, driver_command, main, run_folder
 from tunebench.study.errors import RunError
-from tunebench.tuning.run_folder import LOCK
+from tunebench.study.lock import LOCK, is_held
 
 LAUNCH = CHECKOUT / "cluster" / "launch.py"
 # A driver that says something, and ends by itself, by SIGTERM, or when a file is there.

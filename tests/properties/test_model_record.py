@@ -38,7 +38,7 @@ ENTRIES = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its reference made."""
     folder = tmp_path_factory.mktemp("run")
-    make_reference(folder, 0, measured().plan)
+    make_reference(folder, measured())
     return folder
 
 
@@ -50,7 +50,7 @@ def measured(**changes: Any) -> Measurement:
 def test_a_reference_reads_back_as_it_was_made_and_counts_once_it_is_whole(run: Path, tmp_path: Path) -> None:
     found = read_reference(run, 0)
     assert isinstance(found["eos"], Measured)
-    make_reference(tmp_path, 0, measured().plan)
+    make_reference(tmp_path, measured())
     assert (tmp_path / "properties" / "reference-0.json").read_bytes() == (
         run / "properties" / "reference-0.json"
     ).read_bytes()
@@ -113,7 +113,8 @@ def test_a_process_that_dies_again_and_again_fails_what_is_left(run: Path) -> No
 def test_a_failure_of_one_property_is_its_own(run: Path) -> None:
     """Forces that no strain changes make a tensor without stiffness in nothing but `elastic`."""
     broken = Altered(lambda atoms, forces: forces + 1.0)
-    measure_model(run, "pushed", [measured()], lambda: broken)
+    soon = measured(**{name: {**entry, "max_steps": 20} for name, entry in ENTRIES.items()})
+    measure_model(run, "pushed", [soon], lambda: broken)
     failed = {row.entry: row.failed for row in load_properties(rows_file(run, "pushed"))}
     assert failed["eos"] or failed["elastic"]
     assert set(failed) == set(ENTRIES)
@@ -134,7 +135,7 @@ def test_a_damaged_reference_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_a_reference_that_fails_leaves_values_without_errors(tmp_path: Path) -> None:
     plan = measured(eos={**ENTRIES["eos"], "max_steps": 1, "structure": {**COPPER, "a_angstrom": 3.2}})
-    make_reference(tmp_path, 0, plan.plan)
+    make_reference(tmp_path, plan)
     assert isinstance(read_reference(tmp_path, 0)["eos"], PropertyFailure)
     measure_model(tmp_path, "model", [measured()], EMT)
     rows = load_properties(rows_file(tmp_path, "model"))

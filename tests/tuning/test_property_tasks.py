@@ -1,11 +1,12 @@
 """Properties of the confirm stage's models as the installed command computes them, on a study whose training is done.
 
-`measured_run` is the finished run of all tests under a study that also asks for properties: no trial is left, so a
-start computes them and nothing else.
+`measured_run` is the finished run of all tests under a study that also asks for properties, measured as on another
+machine, without its data.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from filelock import FileLock
 
 from analysis.properties import load_properties
 from tests.tuning.conftest import tunebench
+from tunebench.cli import run_command
 from tunebench.engine.checkpoints import FINAL, LAST, REFINED, checkpoint_folder
 from tunebench.properties.calculators import calculator_from
 from tunebench.properties.model_record import read_reference, rows_file
+from tunebench.properties.models_of_run import ranking_readout
 from tunebench.properties.rows import PropertyRow
 from tunebench.study.errors import RunError
-from tunebench.study.journal import read_trials
-from tunebench.study.record import PROPERTIES, Readout, Stage, TrialRecord
+from tunebench.study.journal import JournalWriter, read_trials
+from tunebench.study.record import PROPERTIES, Readout, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import load_run, resolve
-from tunebench.tuning.property_tasks import ranking_readout
+from tunebench.study.status import run_status
 from tunebench.workloads.data import prepare
 from tunebench.workloads.structure_files import read_prepared
 
@@ -64,7 +67,9 @@ def measured_run(shared_folder: Path, finished_study: Path, finished_run: Path) 
             first, *_, last = confirmed(run)
             refine(first, run)
             (checkpoint_folder(run, last.key.trial_id) / FINAL).write_bytes(b"")  # as a failing disk leaves it
-            (folder / "first.log").write_text(tunebench("run", folder / "study.yaml", "--run", run).stdout)
+            done = tunebench("properties", run, TUNEBENCH_CACHE=str(folder / "no-data"))
+            (folder / "first.log").write_text(done.stdout)
+            tunebench("report", run)
     return run
 
 
@@ -116,15 +121,72 @@ def test_a_model_that_cannot_be_opened_is_counted_and_costs_no_other(
     assert all("a model that NequIP can load" in row.reason for row in own)
 
 
-def test_a_second_start_computes_nothing_again(measured_run: Path) -> None:
+def test_properties_take_neither_the_data_nor_the_study_file(measured_run: Path) -> None:
+    said = (measured_run.parent / "first.log").read_text()
+    assert "5 of 5 models done" in said
+    assert said.splitlines()[-1] == "properties: 5 of 5 models complete, 10 of 10 entries, 6 failed"
+    assert not (measured_run.parent / "no-data").exists()
+
+
+def test_a_run_computes_what_is_not_there_and_nothing_again(
+    measured_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stamps() -> dict[str, int]:
         return {file.name: file.stat().st_mtime_ns for file in (measured_run / PROPERTIES).iterdir()}
 
-    before = stamps()
-    assert "5 of 5 models done" in (measured_run.parent / "first.log").read_text()
+    lost = rows_file(measured_run, confirmed(measured_run)[1].key.trial_id)
+    rows, before = load_properties(lost), stamps()
+    lost.unlink()
+    status = run_status(measured_run)
+    assert not status["finished"]
+    assert {name: status["properties"][name] for name in ("models", "complete", "entries", "done", "failed")} == {
+        "models": 5,
+        "complete": 4,
+        "entries": 10,
+        "done": 8,
+        "failed": 5,
+    }
+    assert run_command(["watch", str(measured_run)]) == 0  # it does not wait for a driver that is not there
+    assert f"no driver computes them: tunebench properties {measured_run}" in " ".join(capsys.readouterr().out.split())
+    assert "properties" not in tunebench("run", measured_run, "--no-properties", "--no-report").stdout
+    assert not lost.exists()
     done = tunebench("run", measured_run, "--no-report")
-    assert stamps() == before
-    assert "properties" not in done.stdout
+    assert "properties: 4 of 5 models done" in done.stdout
+    assert load_properties(lost) == rows
+    assert run_status(measured_run)["finished"]
+    assert {name for name, stamp in stamps().items() if before[name] != stamp} == {
+        lost.name,
+        f"{lost.stem}.curves.parquet",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["RUN", "--readout", "ema"], "--readout: found ema, allowed: none of one model, for .* is a run directory"),
+        (["emt", "--address", "auto"], "--address: found auto, allowed: it for a run directory, not for emt"),
+        (["emt"], "--settings: found none, allowed: the property plan of emt, or a run directory instead"),
+    ],
+)
+def test_options_of_a_model_and_of_a_run_do_not_mix(
+    measured_run: Path, arguments: list[str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["properties", *[str(measured_run) if one == "RUN" else one for one in arguments]]) == 2
+    assert re.search(line, capfd.readouterr().err)
+
+
+def test_only_a_run_whose_training_is_over_is_measured(
+    measured_run: Path, finished_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    resolve(measured_run.parent / "study.yaml").write(tmp_path)
+    journal = JournalWriter(tmp_path)
+    journal.add_arm("ethanol/soap", {})
+    key = TrialKey(workload="ethanol", optimizer="soap", stage=Stage.CONFIRM, config_index=0, seed_index=0)
+    journal.plan(key, {}, {}, {})
+    assert run_command(["properties", str(tmp_path)]) == 2
+    assert "found 1 trials that have not ended, allowed: a run whose training is over" in capfd.readouterr().err
+    assert run_command(["properties", str(finished_run)]) == 2
+    assert "found a study without properties" in capfd.readouterr().err
 
 
 def test_the_weights_that_are_measured_are_those_that_rank(measured_run: Path) -> None:

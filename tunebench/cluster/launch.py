@@ -7,7 +7,6 @@ closed laptop, a lost ssh connection or Ctrl-C end the watching, not the study.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import subprocess
@@ -19,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from tunebench.study.errors import RunError
+from tunebench.study.lock import is_held
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.spec import StudyError
 from tunebench.study.storage import is_address
-from tunebench.tuning.run_folder import LOCK, default_run_folder
+from tunebench.tuning.run_folder import default_run_folder
 from tunebench.tuning.trial_log import LOGS
 from tunebench.workloads.data import CACHE_VARIABLE
 
@@ -94,18 +94,6 @@ def refuse_second_driver(run: Path) -> None:
             f"{run}: found a driver at work on it, allowed: one at a time; `tunebench watch {run}` shows it, "
             f"`tunebench drain {run}` ends it"
         )
-
-
-def is_held(run: Path) -> bool:
-    """Whether a driver holds a run directory."""
-    try:
-        with (run / LOCK).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _output_of(run: Path) -> Path:

@@ -1,4 +1,7 @@
-"""Checkpoints of a trial: everything its next step depends on, loadable with `weights_only`."""
+"""Checkpoints of a trial: everything its next step depends on, loadable with `weights_only`.
+
+Torch is imported by what reads or writes them, so that those who only ask where they lie do without.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import logging
 import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tunebench.study.files import replacing
 from tunebench.study.record import CHECKPOINTS
@@ -27,12 +28,16 @@ def checkpoint_folder(run: Path, trial_id: str) -> Path:
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Replace `last.pt` at once: a kill leaves the previous checkpoint whole."""
+    import torch
+
     with replacing(folder / LAST) as partial:
         torch.save(state, partial)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint on the CPU; None before the first, or where a failing disk left one that cannot be read."""
+    import torch
+
     path = folder / LAST
     if not path.is_file():
         return None

@@ -10,16 +10,18 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tunebench.properties.evaluate import Outcome, compare, measure_one, references_of
 from tunebench.properties.measured import Curve, Measured, PropertyFailure, Value
 from tunebench.properties.of_study import Measurement
-from tunebench.properties.plan import PropertyPlan
+from tunebench.properties.registry import AnySettings
 from tunebench.properties.rows import CurvePoint, PropertyRow, write_curves, write_rows
+from tunebench.properties.time_limit import EntryClock
 from tunebench.study.errors import RunError
 from tunebench.study.files import replacing
 from tunebench.study.record import PROPERTIES
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CURVES_SUFFIX = ".curves.parquet"
 
@@ -66,6 +69,11 @@ class ModelRecord:
         """Entries that are done, failed ones included."""
         return frozenset(row["entry"] for row in self._rows)
 
+    @property
+    def failed(self) -> frozenset[str]:
+        """Of them, those that failed."""
+        return frozenset(row["entry"] for row in self._rows if row["failed"])
+
     def add(self, rows: Sequence[PropertyRow], outcome: Outcome) -> None:
         """Write one entry more."""
         if isinstance(outcome, Measured):
@@ -81,6 +89,7 @@ def measure_model(
     measured: Sequence[Measurement],
     calculator: Callable[[], Calculator],
     beat: Callable[[str], None] = lambda entry: None,
+    clock: EntryClock | None = None,
 ) -> None:
     """Compute what a model's record lacks; a model that cannot be opened fails in every entry.
 
@@ -90,23 +99,24 @@ def measure_model(
         measured: what is computed of it.
         calculator: opens it.
         beat: called before each entry.
+        clock: ends this process where an entry takes longer than its section allows; without, nothing does.
 
     Raises:
         RunError: a reference cannot be read.
         WorkloadError: a structure cannot be had.
     """
     record = ModelRecord(run, model)
-    opened: Calculator | PropertyFailure | None = None
+    opened = _Model(calculator)
     for part in measured:
         references = read_reference(run, part.section)
         for entry, settings in part.plan.properties.items():
             if entry in record.entries:
                 continue
             beat(entry)
-            if opened is None:
-                opened = _opened(calculator)
-            outcome = opened if isinstance(opened, PropertyFailure) else measure_one(opened, settings)
+            outcome = _in_time(clock, entry, part.time_limit_s, partial(opened.measure, settings))
             record.add(compare(entry, settings, outcome, references.get(entry), model=model), outcome)
+            if clock:
+                clock.forget(entry)
 
 
 def fail_model(run: Path, model: str, measured: Sequence[Measurement], reason: str) -> None:
@@ -119,12 +129,38 @@ def fail_model(run: Path, model: str, measured: Sequence[Measurement], reason: s
     measure_model(run, model, measured, fails)
 
 
+class _Model:
+    """A model that is opened when its first property is computed."""
+
+    def __init__(self, calculator: Callable[[], Calculator]) -> None:
+        self._calculator = calculator
+        self._opened: Calculator | PropertyFailure | None = None
+
+    def measure(self, settings: AnySettings) -> Outcome:
+        if self._opened is None:
+            self._opened = _opened(self._calculator)
+        return self._opened if isinstance(self._opened, PropertyFailure) else measure_one(self._opened, settings)
+
+
 def _opened(calculator: Callable[[], Calculator]) -> Calculator | PropertyFailure:
     try:
         return calculator()
     except RunError as error:
         _log.warning("%s", error)
         return PropertyFailure(str(error))
+
+
+def _in_time(
+    clock: EntryClock | None, entry: str, limit_s: float | None, compute: Callable[[], T]
+) -> T | PropertyFailure:
+    """What is computed, or the failure of an entry over which an earlier process was ended."""
+    if clock is None:
+        return compute()
+    ended = clock.overrun(entry, limit_s)
+    if ended is not None:
+        return ended
+    with clock.over(entry, limit_s):
+        return compute()
 
 
 def curve_points(model: str, entry: str, measured: Measured) -> list[CurvePoint]:
@@ -152,19 +188,30 @@ def curve_points(model: str, entry: str, measured: Measured) -> list[CurvePoint]
 # --- references ------------------------------------------------------------------------------------------------------
 
 
-def make_reference(run: Path, section: int, plan: PropertyPlan, device: str = "cpu") -> None:
+def make_reference(run: Path, measured: Measurement, device: str = "cpu", clock: EntryClock | None = None) -> None:
     """Compute what a section's reference lacks, once for all models, and keep it with its curves.
+
+    Args:
+        run: the run directory.
+        measured: the section and its plan.
+        device: ``cpu`` or ``cuda``.
+        clock: as for `measure_model`.
 
     Raises:
         RunError: the reference's calculator cannot be had.
         WorkloadError: a structure or a file cannot be had.
     """
+    section, plan, limit_s = measured.section, measured.plan, measured.time_limit_s
     known = read_reference(run, section)
     for entry, settings in plan.properties.items():
-        if entry not in known:
-            alone = plan.model_copy(update={"properties": {entry: settings}})
-            known |= references_of(alone, device=device)
-            _write_reference(run, section, known)
+        if entry in known:
+            continue
+        alone = plan.model_copy(update={"properties": {entry: settings}})
+        found = _in_time(clock, entry, limit_s, partial(references_of, alone, device=device))
+        known |= {entry: found} if isinstance(found, PropertyFailure) else found
+        _write_reference(run, section, known)
+        if clock:
+            clock.forget(entry)
     name = reference_name(section)
     points = [p for e, m in known.items() if isinstance(m, Measured) for p in curve_points(name, e, m)]
     write_curves(curves_file(run, name), points)

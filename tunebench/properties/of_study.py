@@ -58,16 +58,18 @@ class Measurement:
     Attributes:
         section: its place in the study.
         plan: entries and reference.
+        time_limit_s: seconds that one entry of one model may take; None for as long as it takes.
     """
 
     section: int
     plan: PropertyPlan
+    time_limit_s: float | None = None
 
 
 def measurements(study: Study, workload: str) -> tuple[Measurement, ...]:
     """What is computed of the models of a workload, section by section."""
     return tuple(
-        Measurement(section=index, plan=plan_of(section))
+        Measurement(section=index, plan=plan_of(section), time_limit_s=section.time_limit_s)
         for index, section in enumerate(study.properties)
         if not section.workloads or workload in section.workloads
     )

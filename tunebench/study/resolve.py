@@ -18,7 +18,16 @@ from tunebench.study.initial import Initial
 from tunebench.study.paths import NoSuchFileError, existing_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
 from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
-from tunebench.study.spec import Arm, ExtxyzData, InWords, Schedule, Study, StudyError, Workload
+from tunebench.study.spec import (
+    PROPERTY_TIME_LIMIT_S,
+    Arm,
+    ExtxyzData,
+    InWords,
+    Schedule,
+    Study,
+    StudyError,
+    Workload,
+)
 from tunebench.study.strict_yaml import read_yaml, write_yaml
 
 
@@ -151,6 +160,9 @@ def _hash(study: Study, spaces: Mapping[str, SearchSpace]) -> str:
         del data["confirm"]["refine"]
     if not data["properties"]:
         del data["properties"]
+    for section in data.get("properties", ()):  # likewise
+        if section["time_limit_s"] == PROPERTY_TIME_LIMIT_S:
+            del section["time_limit_s"]
     for workload in data["workloads"]:  # likewise
         if "keys" in workload["data"] and workload["data"]["keys"]["config_type"] is None:
             del workload["data"]["keys"]["config_type"]

@@ -360,6 +360,10 @@ class Regime(StrEnum):
     LIQUID = "liquid"
 
 
+PROPERTY_TIME_LIMIT_S = 7200.0
+"""Of one property of one model: a solid-liquid interface of some hundred atoms takes the most, on one core an hour."""
+
+
 class ModelProperties(Section):
     """Physical properties of every model of the confirm stage, computed after training; `docs/properties.md`."""
 
@@ -376,6 +380,11 @@ class ModelProperties(Section):
     cpus_per_model: PositiveFloat = Field(default=1.0, description="CPU cores that a model's properties are given")
     gpus_per_model: NonNegativeFloat = Field(
         default=0.0, le=1.0, description="share of a GPU; 0 computes on the CPU, whatever trained the model"
+    )
+    time_limit_s: PositiveFloat | None = Field(
+        default=PROPERTY_TIME_LIMIT_S,
+        description="seconds that one property of one model, or of the reference, may take; one that takes longer has "
+        "failed. null sets no limit",
     )
 
 

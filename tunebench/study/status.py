@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from tunebench.study.control import asked
 from tunebench.study.errors import RunError
 from tunebench.study.false_stops import false_stops
 from tunebench.study.journal import read_trials
+from tunebench.study.lock import is_held
 from tunebench.study.notice import posted
-from tunebench.study.record import Reason, Stage, TrialRecord
+from tunebench.study.record import STUDY, Reason, Stage, TrialRecord
 
 _GOOD = (Reason.FINISHED, Reason.STOPPED_ASHA)
 
@@ -19,17 +21,22 @@ _GOOD = (Reason.FINISHED, Reason.STOPPED_ASHA)
 def run_status(run: Path) -> dict[str, Any]:
     """Counts by arm and stage, and whether everything planned has ended.
 
+    ``properties`` is None until the training is over, and for a study that asks for none; then what
+    `tunebench.properties.models_of_run.PropertyProgress` says, and whether a ``driver`` is at work.
+
     Raises:
         FileNotFoundError: the run has no journal.
+        StudyError: the run's study was edited.
     """
     trials = read_trials(run)
     arms = list(dict.fromkeys((trial.key.arm, trial.key.stage) for trial in trials))
     stops = {found.arm: found for found in false_stops(trials)}
-    confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
-    hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
+    trained = training_is_over(trials)
+    properties = _properties(run, trials) if trained else None
     return {
         "run": str(run),
-        "finished": (confirmed or hopeless) and all(trial.reason is not None for trial in trials),
+        "finished": trained and (properties is None or properties["complete"] == properties["models"]),
+        "properties": properties,
         "asked": asked(run).value,
         "notice": posted(run),
         "trials": len(trials),
@@ -40,6 +47,13 @@ def run_status(run: Path) -> dict[str, Any]:
             for arm, stage in arms
         ],
     }
+
+
+def training_is_over(trials: Sequence[TrialRecord]) -> bool:
+    """Whether all trials have ended and there are, or can be, no further ones."""
+    confirmed = any(trial.key.stage is Stage.CONFIRM for trial in trials)
+    hopeless = bool(trials) and not any(trial.reason is None or trial.reason in _GOOD for trial in trials)
+    return (confirmed or hopeless) and all(trial.reason is not None for trial in trials)
 
 
 def explain_trial(run: Path, name: str) -> dict[str, Any]:
@@ -69,6 +83,20 @@ def explain_trial(run: Path, name: str) -> dict[str, Any]:
         "engine": trial.engine,
         "text": "\n".join([*_sentences(trial), *_about_its_arm(trial, trials)]),
     }
+
+
+def _properties(run: Path, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:
+    """How far the properties of a trained run have come."""
+    if not (run / STUDY).is_file():
+        return None
+    from tunebench.study.resolve import load_run  # imports what reads studies
+
+    study = load_run(run).study
+    if not study.properties:
+        return None
+    from tunebench.properties.models_of_run import property_progress  # imports what computes them
+
+    return {**property_progress(study, trials, run).to_plain(), "driver": is_held(run)}
 
 
 def waits_at_rung(trial: TrialRecord) -> bool:

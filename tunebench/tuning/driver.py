@@ -38,6 +38,7 @@ class DriverWork:
         records: trials of the driver's arms, those that have ended among them.
         tenants: open trials of the cohort engine, by name in the order they are to begin. alone: those of other
             engines.
+        bound: kind of device, by workload, that all of `alone` are to train on, where they are to train on one.
         engines: name of the engine of each workload.
         rungs: steps by arm, where trials are stopped at all.
         asha: how the study stops; None stops nothing. fewest: trials that a rung lets go on at least.
@@ -50,6 +51,7 @@ class DriverWork:
     records: Sequence[TrialRecord]
     tenants: Mapping[str, TrialTask]
     alone: Mapping[str, TrialTask]
+    bound: Mapping[str, str]
     engines: Mapping[str, str]
     rungs: Mapping[str, tuple[int, ...]]
     asha: Asha | None
@@ -113,7 +115,8 @@ def drive(work: DriverWork, room: Room, write: Write, callbacks: Sequence[tune.C
 def _trainable(work: DriverWork, room: Room) -> Any:
     run, alone = work.run.resolve(), dict(work.alone)
     trial = tune.with_parameters(train_trial, tasks=alone, pool=room.actor, run=run, storage=work.storage)
-    return tune.with_resources(trial, Shares(trial_resources(work.resources), frozenset(alone)))
+    kinds = {name: work.bound.get(task.workload.name, "") for name, task in alone.items()}
+    return tune.with_resources(trial, Shares(trial_resources(work.resources), kinds))
 
 
 def fit(

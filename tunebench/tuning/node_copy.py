@@ -11,6 +11,7 @@ from tunebench.study.storage import Storage
 
 if TYPE_CHECKING:
     from tunebench.engine.task import TrialTask
+    from tunebench.study.spec import Workload
 
 
 def run_here(run: Path, storage: Storage | None) -> Path:
@@ -25,7 +26,7 @@ def run_here(run: Path, storage: Storage | None) -> Path:
 
 
 def task_here(task: TrialTask) -> TrialTask:
-    """A trial's task with the paths of this node; its data are brought here where they are not yet.
+    """A trial's task with the paths of this node; its data and base model are brought here where they are not yet.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -35,4 +36,22 @@ def task_here(task: TrialTask) -> TrialTask:
         return task
     from tunebench.workloads.stored_data import fetch_prepared  # likewise
 
-    return replace(task, run=run_here(task.run, task.storage), data=fetch_prepared(task.storage, task.data))
+    return replace(
+        task,
+        run=run_here(task.run, task.storage),
+        data=fetch_prepared(task.storage, task.data),
+        workload=workload_here(task.workload, task.storage),
+    )
+
+
+def workload_here(workload: Workload, storage: Storage) -> Workload:
+    """A workload whose base model, if it has one, lies on this node; it is brought here where it is not yet.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    if workload.init is None:
+        return workload
+    from tunebench.workloads.stored_data import fetch_initial  # likewise
+
+    return workload.model_copy(update={"init": fetch_initial(storage, workload.init)})

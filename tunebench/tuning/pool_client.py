@@ -27,7 +27,8 @@ _CALLS_AT_ONCE = 4096
 class PoolClient:
     """The pool of one run; its actor starts with the first trials for it and ends with the driver.
 
-    On a cluster that was joined it looks after the nodes as well, and starts with the first trials of any engine.
+    It looks after the nodes as well: on a cluster that was joined, and where trials without a cohort wait for a kind of
+    device, it starts with the first trials of any engine.
 
     Args:
         resources: what the study says of devices, slots and failures.
@@ -60,14 +61,19 @@ class PoolClient:
         return {}
 
     def plan(
-        self, tasks: Mapping[str, TrialTask], *, others_wait: bool, kinds: Mapping[str, str] | None = None
+        self,
+        tasks: Mapping[str, TrialTask],
+        *,
+        others_wait: bool,
+        kinds: Mapping[str, str] | None = None,
+        bound: Mapping[str, str] | None = None,
     ) -> None:
         """A stage begins with these trials of the cohort engine; arguments are those of `Pool.plan`."""
-        if self.actor is None and not tasks and not self._joined:
+        if self.actor is None and not (tasks or bound or self._joined):
             return
         if self.actor is None:
             self.actor = self._started()
-        ray.get(self.actor.plan.remote(dict(tasks), others_wait, kinds))
+        ray.get(self.actor.plan.remote(dict(tasks), others_wait, kinds, bound))
         self._asked_at = -_ASK_EVERY_S
 
     def look(self) -> None:

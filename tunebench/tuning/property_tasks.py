@@ -16,7 +16,6 @@ from ray.exceptions import RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from tunebench.engine.checkpoints import FINAL, REFINED, checkpoint_folder
 from tunebench.properties.model_record import (
     ModelRecord,
     fail_model,
@@ -25,11 +24,12 @@ from tunebench.properties.model_record import (
     measure_model,
     reference_name,
 )
+from tunebench.properties.models_of_run import models_of_run
 from tunebench.properties.of_study import Measurement, measurements
+from tunebench.properties.time_limit import EntryClock, ended_by_clock
 from tunebench.study.control import Wish
 from tunebench.study.errors import RunError
-from tunebench.study.objective import objective_value, selected_readout
-from tunebench.study.record import Readout, Reason, Split, Stage, TrialRecord
+from tunebench.study.record import Readout, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import ModelProperties, Study
 from tunebench.study.storage import Storage
@@ -89,31 +89,11 @@ def reference_jobs(study: Study) -> list[ModelJob]:
 
 
 def model_jobs(study: Study, records: Sequence[TrialRecord], run: Path) -> list[ModelJob]:
-    """A job for each model that the confirm stage has left: the weights that rank, and the refined ones.
-
-    A trial that did not finish has no model; the analysis counts its properties as failed.
-    """
-    jobs = []
-    for record in records:
-        key = record.key
-        measured = measurements(study, key.workload)
-        readout = ranking_readout(study, record)
-        if key.stage is not Stage.CONFIRM or record.reason is not Reason.FINISHED or not measured or readout is None:
-            continue
-        folder = checkpoint_folder(run, key.trial_id)
-        jobs.append(_job(key.trial_id, folder / FINAL, readout, measured, study.properties))
-        if (folder / REFINED).is_file():
-            name = f"{key.trial_id}.{Readout.REFINED}"
-            jobs.append(_job(name, folder / FINAL, Readout.REFINED, measured, study.properties))
-    return jobs
-
-
-def ranking_readout(study: Study, record: TrialRecord) -> Readout | None:
-    """The readout that counts for a trial under the study's policy, by its validation errors at its end."""
-    errors = record.result.get(Split.VAL, {})
-    objectives = {readout: objective_value(found, study.objective) for readout, found in errors.items()}
-    chosen = selected_readout(objectives, study.objective)
-    return None if chosen is None else Readout(chosen)
+    """A job for each model that the confirm stage has left."""
+    return [
+        _job(model.name, model.checkpoint, model.readout, model.measured, study.properties)
+        for model in models_of_run(study, records, run)
+    ]
 
 
 def run_properties(
@@ -190,13 +170,18 @@ def _measure(job: ModelJob, run: Path) -> None:
     from tunebench.properties.calculators import calculator_from
 
     torch.set_num_threads(max(int(job.cpus), 1))
+    clock = EntryClock(run=run, model=job.model)
     with log_to(trial_log(run, f"{job.model}.properties")):
         if job.readout is None:
             (part,) = job.measured
-            make_reference(run, part.section, part.plan, job.device)
+            make_reference(run, part, job.device, clock)
         else:
             measure_model(
-                run, job.model, job.measured, lambda: calculator_from(job.checkpoint, job.device, job.readout)
+                run,
+                job.model,
+                job.measured,
+                lambda: calculator_from(job.checkpoint, job.device, job.readout),
+                clock=clock,
             )
 
 
@@ -255,6 +240,8 @@ class _Tasks:
         except RayTaskError as error:
             reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:300]
         except ray.exceptions.RayError as error:
+            if ended_by_clock(self._run, job.model):
+                return  # its next process records that and goes on with the other entries
             reason = f"its process ended: {' '.join(str(error).split())[:200]}"
         if job.readout is None:
             raise RunError(f"{self._run}: {job.model} of the properties: {reason}")

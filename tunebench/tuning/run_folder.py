@@ -15,6 +15,7 @@ from tunebench.study.difference import differences
 from tunebench.study.errors import Interrupted, RunError, RunStopped
 from tunebench.study.files import KEPT_FREE_BYTES
 from tunebench.study.journal import read_trials
+from tunebench.study.lock import LOCK
 from tunebench.study.record import JOURNAL, STUDY, STUDY_HASH
 from tunebench.study.resolve import ResolvedStudy, resolve
 from tunebench.study.run_copy import take_up, write_storage
@@ -22,7 +23,6 @@ from tunebench.study.spec import StudyError
 from tunebench.study.storage import ALLOWED, STORAGE_FAILED, Storage
 from tunebench.workloads.data import PreparedData
 
-LOCK = ".lock"
 _ENOUGH_BYTES = 200 * 2**20
 _TOLD = 3  # differences of two studies
 

@@ -31,19 +31,20 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.run_copy import RunCopy, has_run, named_storage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
-from tunebench.study.step_times import Calibration
+from tunebench.study.step_times import DeviceTimes
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
+from tunebench.tuning.errand import Errand
 from tunebench.tuning.preparation import check_arms, initial_weights, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
 from tunebench.tuning.run_folder import check_data, held_run
 from tunebench.tuning.samplers import configuration, sobol_points, tpe_configurations
 from tunebench.workloads.data import PreparedData
-from tunebench.workloads.stored_data import store_prepared
+from tunebench.workloads.stored_data import store_initial, store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
@@ -63,6 +64,7 @@ class RunOptions:
         storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
             lies on a disk that all nodes share, or the run has named a storage before.
         drivers: processes that drive trials, each with whole arms; 1 for this process alone.
+        properties: compute the properties that the study asks for; without, the run ends with its training.
     """
 
     run: Path
@@ -70,6 +72,7 @@ class RunOptions:
     extend: int = 0
     storage: str | None = None
     drivers: int = 1
+    properties: bool = True
 
 
 def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) -> list[TrialRecord]:
@@ -86,7 +89,7 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         RunStopped: the disk is full; everything is kept.
     """
     terminate_like_interrupt()
-    if resolved.study.properties:
+    if resolved.study.properties and options.properties:
         check_installed()  # before hours of training, not after them
     storage = named_storage(options.run, options.storage)
     begun = (options.run / JOURNAL).exists() or (storage is not None and has_run(storage))
@@ -100,6 +103,9 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
         if storage is not None:
             for prepared in data.values():
                 store_prepared(storage, prepared)
+            for workload in resolved.study.workloads:
+                if workload.init is not None:
+                    store_initial(storage, workload.init)
         starts = initial_weights(resolved, data)
         if not begun:
             check_arms(resolved, data)
@@ -189,7 +195,7 @@ class _Run:
 
     def properties(self) -> None:
         """Compute what the study asks of the confirm stage's models; cohorts and drivers end before that."""
-        if not self._study.properties:
+        if not self._study.properties or not self._options.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
@@ -228,15 +234,14 @@ class _Run:
                     params, sentinel = searched[arm.name][index], index in given[arm.name].sentinels
                     self._plan(arm, arm.key(Stage.TUNE, index, 0), params, own, sentinel=sentinel)
 
-    def _measured(self, searched: Searched) -> Calibration:
+    def _measured(self, searched: Searched) -> DeviceTimes:
         """Times of the steps that are searched, measured on a device of the kind that the trials will have."""
         set_ray_environment(self._options.address)
         from tunebench.tuning.step_measurement import measured_steps  # imports Ray, which reads its environment now
 
-        options = self._options
-        return measured_steps(
-            self._resolved, self._data, searched, options.run, options.address, self._console, self._storage
-        )
+        run, storage = self._options.run, self._storage
+        errand = Errand(resolved=self._resolved, data=self._data, searched=searched, run=run, storage=storage)
+        return measured_steps(errand, self._options.address, self._console)
 
     def _say(self, line: str) -> None:
         say(self._console, line)

@@ -22,11 +22,12 @@ from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Engine, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
+from tunebench.tuning.devices import most_frequent_first
 from tunebench.tuning.driver import TUNE, DriverWork, drive
 from tunebench.tuning.driver_log import log_driver
 from tunebench.tuning.engine_choice import EngineChoice
 from tunebench.tuning.entries import Clerk
-from tunebench.tuning.node_checks import Standard, check_nodes
+from tunebench.tuning.node_checks import Standard, check_nodes, devices_there
 from tunebench.tuning.pool_client import PoolClient
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import terminate_like_interrupt
@@ -70,21 +71,24 @@ def run_stage(
     check_fit(study.resources, waits=options.address is not None, console=console)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
+    alone = {name: task for name, task in tasks.items() if name not in tenants}
+    alike = stage is Stage.CONFIRM and "F9" not in study.waive
+    begun = _kinds(records)
     work = DriverWork(
         name=stage.value,
         run=options.run.resolve(),
         storage=copy.storage,
         records=records,
         tenants=tenants,
-        alone={name: task for name, task in tasks.items() if name not in tenants},
+        alone=alone,
+        bound=_bound(alone, begun, study.resources) if alike else {},
         engines=names,
         rungs={arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {},
         asha=study.tune.asha,
         fewest=study.confirm.top_k,
         resources=study.resources,
     )
-    alike = stage is Stage.CONFIRM and "F9" not in study.waive
-    pool.plan(tenants, others_wait=bool(work.alone), kinds=_kinds(records) if alike else None)
+    pool.plan(tenants, others_wait=bool(alone), kinds=begun if alike else None, bound=work.bound)
     clerk, watching = Clerk(journal, progress, retention(study.keep_checkpoints), copy), Watching(boards, pool)
     with progress:
         works = shards.divided(work)
@@ -98,6 +102,18 @@ def run_stage(
 def _kinds(records: list[TrialRecord]) -> dict[str, str]:
     """Kinds of device on which the trials of each workload have begun, where any has."""
     return {record.key.workload: record.device for record in records if record.device is not None}
+
+
+def _bound(tasks: Mapping[str, TrialTask], begun: Mapping[str, str], resources: Resources) -> dict[str, str]:
+    """Kinds of device, by workload, on which trials of the lightning engine train that are all to train on one.
+
+    That on which their workload has begun, else that of which the cluster has most. Ray cannot be asked for a kind that
+    it does not know, nor for one that is still to come: those trials train on any, and the report says so.
+    """
+    there = most_frequent_first(device.kind for device in devices_there(resources) if device.kind)
+    workloads = dict.fromkeys(task.workload.name for task in tasks.values())
+    found = {workload: begun.get(workload) or next(iter(there), "") for workload in workloads}
+    return {workload: kind for workload, kind in found.items() if kind}
 
 
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
