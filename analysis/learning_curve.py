@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import pandas as pd
@@ -45,10 +46,11 @@ def learning_curve(run: Run, workload: str, optimizer: str) -> LearningCurve | N
     if values.empty:
         return None
     steps = values.index.to_numpy(dtype=np.float64)
-    cost = step_time(run, shown[0]) if time_axis(run, workload).calibrated else None
+    costs = [step_time(run, trial) for trial in shown] if time_axis(run, workload).calibrated else []
+    step_s = [cost.median_s for cost in costs if cost is not None]
     return LearningCurve(
         step=steps,
-        device_s=times.median(axis=1).to_numpy(dtype=np.float64) if cost is None else steps * cost.median_s,
+        device_s=steps * median(step_s) if step_s else times.median(axis=1).to_numpy(dtype=np.float64),
         middle=values.median(axis=1).to_numpy(dtype=np.float64),
         low=values.min(axis=1).to_numpy(dtype=np.float64),
         high=values.max(axis=1).to_numpy(dtype=np.float64),

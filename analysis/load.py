@@ -18,7 +18,7 @@ from tunebench.study.journal import read_afforded, read_trials
 from tunebench.study.record import CURVE_COLUMNS, CURVES, ENVIRONMENT, JOURNAL, STUDY, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, load_run
 from tunebench.study.spec import Fidelity, Study
-from tunebench.study.step_times import Calibration, read_calibration
+from tunebench.study.step_times import Calibration, DeviceTimes, read_calibration
 
 CURVE_NAMES = ("trial", "split", "metric", "readout")
 """Columns of the curves that hold names; they are categorical."""
@@ -97,6 +97,15 @@ class Run:
         """Rows of one trial's curves in the order they were written; empty where it has none."""
         rows: pd.DataFrame = self.curves.iloc[self._curve_rows.get(trial_id, [])]
         return rows
+
+    @cached_property
+    def reference(self) -> DeviceTimes | None:
+        """The kind of device in whose seconds tuning budgets count: the first that has steps of all tune trials."""
+        if self.calibration is None:
+            return None
+        spaces = self.resolved.spaces
+        tuned = (trial for trial in self.trials if trial.key.stage is Stage.TUNE and trial.key.optimizer in spaces)
+        return self.calibration.covering((spaces[t.key.optimizer], t.key.workload, t.params) for t in tuned)
 
     @cached_property
     def _by_arm(self) -> dict[tuple[str, str], tuple[TrialRecord, ...]]:

@@ -41,7 +41,7 @@ from analysis.twin_tables import twin_tables
 from analysis.twins import twins
 from analysis.verdict import MINIMUM_SEEDS
 from tunebench.study.record import OOD_PREFIX, Metric, Reason, Split, Stage
-from tunebench.study.step_times import StepTime, TimedStep
+from tunebench.study.step_times import DeviceTimes, StepTime, TimedStep
 
 _COMPRESSION = 6
 _ERROR_WORDS = {
@@ -93,7 +93,7 @@ def render(run: Run, ranking: Ranking, drawn: Charts, refresh_s: int | None = No
         checklist=checklist(run, ranking),
         ledgers=ledgers(run),
         spreads=_spreads(ranking),
-        step_times=_step_rows(run),
+        step_times=[(table, _step_rows(table)) for table in (run.calibration.tables if run.calibration else ())],
         objective=objective_label(run.study.objective),
         methods=methods(run, ranking),
         caveats=caveats(run, ranking),
@@ -237,11 +237,10 @@ def _spreads(ranking: Ranking) -> list[dict[str, str]]:
     return rows
 
 
-def _step_rows(run: Run) -> list[dict[str, Any]]:
-    """The calibration table: seconds of plain and refresh steps as text, and over the workload's cheapest plain one."""
-    steps = run.calibration.steps if run.calibration else ()
+def _step_rows(table: DeviceTimes) -> list[dict[str, Any]]:
+    """Step times of a kind of device: plain and refresh steps as text, and over the workload's cheapest plain one."""
     cheapest: dict[str, float] = {}
-    for step in steps:
+    for step in table.steps:
         cheapest[step.workload] = min(step.plain.median_s, cheapest.get(step.workload, math.inf))
     return [
         {
@@ -250,7 +249,7 @@ def _step_rows(run: Run) -> list[dict[str, Any]]:
             "refresh": _milliseconds(step.refresh),
             "ratio": f"{step.plain.median_s / cheapest[step.workload]:.2f}",
         }
-        for step in steps
+        for step in table.steps
     ]
 
 

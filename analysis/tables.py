@@ -13,7 +13,7 @@ from analysis.ranking import Ranking, WorkloadRanking
 from analysis.step_costs import calibrated_s
 from analysis.wording import why
 from tunebench.study.record import Reason, TrialRecord
-from tunebench.study.step_times import SoloStep
+from tunebench.study.step_times import DeviceTimes, SoloStep
 
 STEP_TIMES = "step_times.csv"
 
@@ -26,7 +26,8 @@ def write_tables(run: Run, ranking: Ranking, folder: Path) -> None:
     _write_csv(folder / "trials.csv", [_trial_row(run, trial) for trial in run.trials])
     (folder / STEP_TIMES).unlink(missing_ok=True)
     if run.calibration is not None:
-        _write_csv(folder / STEP_TIMES, [row for step in run.calibration.steps for row in _step_rows(step)])
+        rows = [row for table in run.calibration.tables for step in table.steps for row in _step_rows(table, step)]
+        _write_csv(folder / STEP_TIMES, rows)
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -93,10 +94,11 @@ def _trial_row(run: Run, trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _step_rows(step: SoloStep) -> list[dict[str, Any]]:
+def _step_rows(table: DeviceTimes, step: SoloStep) -> list[dict[str, Any]]:
     kinds = {"plain": step.plain, "refresh": step.refresh}
     return [
         {
+            "device": table.device,
             "workload": step.workload,
             "optimizer": step.optimizer,
             "engine": step.engine,

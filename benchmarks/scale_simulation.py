@@ -5,8 +5,11 @@ boards of the arms are those of a study; GPUs, cohorts, tenants and Ray itself a
 (`benchmarks/simulated_cluster.py`). The driver's time is what it takes on this machine. Ray's calls and waits are timed
 first, with a real Ray, and charged.
 
-With `--drivers N` the arms and the GPUs are divided among N drivers, of which one is simulated. `--events` ends a
-simulation early, when so many events of Tune have been dealt with.
+With `--drivers N` the arms and the GPUs are divided among N drivers, of which one is simulated, as
+`tunebench run --drivers N` does: it hands its entries to a main process, which writes them, and waits for those that
+bind. The main process' work for this driver is done here and timed apart; that it has N drivers to serve, which may
+wait for each other, is not simulated, and the boards of the arms, for which it takes a twentieth of its time at most,
+are left out. `--events` ends a simulation early, when so many events of Tune have been dealt with.
 
     python benchmarks/scale_simulation.py --gpus 1000 --slots 32 --trials 100000 --drivers 1 8 32 --out OUT
 """
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +48,17 @@ from tunebench.study.journal import read_trials
 from tunebench.study.plan import plan_arms
 from tunebench.study.record import JOURNAL, Reason, Stage
 from tunebench.study.resolve import ResolvedStudy, resolve
+from tunebench.study.run_copy import RunCopy
 from tunebench.study.seeds import named_seed
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
+from tunebench.tuning.division import Places
+from tunebench.tuning.entries import Called, Clerk, Entry, binds
 from tunebench.tuning.pool_client import TrialQueue
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
 from tunebench.tuning.recorder import Recorder
+from tunebench.tuning.shard import TELL_EVERY_S
 from tunebench.tuning.stage import Watching
 from tunebench.tuning.tenancy import for_tune
 
@@ -90,6 +98,8 @@ class Outcome:
         futures: mean number that Tune waits for at once.
         pool_ms: of the processor for one decision of the pool.
         memory_bytes: largest resident set of the process. journal_bytes: at the end.
+        entries, messages: that went to the main process. main_s: its time on the processor for them, calls of Ray
+            included. disk_s: its waits for the disk, which it shares among all drivers that wait for it.
     """
 
     drivers: int
@@ -110,6 +120,15 @@ class Outcome:
     pool_ms: float
     memory_bytes: int
     journal_bytes: int
+    entries: int = 0
+    messages: int = 0
+    main_s: float = 0.0
+    disk_s: float = 0.0
+
+    @property
+    def main_busy(self) -> float:
+        """Share of the main process' time for all drivers that are like this one; beyond 1 it cannot keep up."""
+        return self.drivers * self.main_s / self.simulated_s
 
     @property
     def event_s(self) -> float:
@@ -123,11 +142,78 @@ class _Pool:
     def __init__(self, slots: int) -> None:
         self._slots = slots
 
+    actor = None
+
     def capacity(self) -> int:
         return self._slots
 
+    def others(self) -> int | None:
+        return None
+
+    def vacate(self, trial: str, visit: str) -> None:
+        """Slots get free where they are simulated."""
+
     def look(self) -> None:
         """Nothing becomes of nodes."""
+
+
+class _MainProcess:
+    """What a shard hands its entries to: written here and now, timed apart from the shard, which waits for it.
+
+    Args:
+        clerk: writes them.
+        places: among which the shard's are.
+        clock: of the simulation, on which the shard works and waits.
+        costs: of Ray's calls; a message is one call of the main process', with a wait, and an answer of the shard's.
+    """
+
+    def __init__(self, clerk: Clerk, places: Places, clock: Clock, costs: RayCosts) -> None:
+        self._clerk, self._places, self._clock, self._costs = clerk, places, clock, costs
+        self._entries: list[Entry] = []
+        self._told_at = 0.0
+        self.entries = self.messages = 0
+        self.main_s = self.disk_s = 0.0
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """As `Outbox.write`."""
+        self._entries += entries
+        waits = any(map(binds, entries))
+        if waits or self._clock.now - self._told_at >= TELL_EVERY_S:
+            self._tell(waits=waits)
+
+    def _tell(self, *, waits: bool) -> None:
+        self._clock.charge(self._costs.call)
+        began = self._clock.now
+        with self._clock.stopped(), _DiskTime() as disk:
+            processor = time.thread_time()
+            self._clerk.write(self._entries)
+            self._places.take(0, self._entries)
+            self._places.give(0, 1 << 20)
+            main_s = time.thread_time() - processor + self._costs.call + self._costs.wait
+        self.entries += len(self._entries)
+        self.messages += 1
+        self.main_s += main_s
+        self.disk_s += disk.waited_s
+        self._entries, self._told_at = [], began
+        if waits:
+            self._clock.wait_until(began + main_s + disk.waited_s)
+
+
+class _DiskTime:
+    """Counts the time in which this process waits for the disk and does nothing."""
+
+    def __enter__(self) -> _DiskTime:
+        self.waited_s, self._sync = 0.0, os.fsync
+        os.fsync = self._counted
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.fsync = self._sync
+
+    def _counted(self, file: Any) -> None:
+        began, used = time.perf_counter(), time.thread_time()
+        self._sync(file)
+        self.waited_s += max(time.perf_counter() - began - (time.thread_time() - used), 0.0)
 
 
 class Reports:
@@ -192,19 +278,24 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         lambda *given: queue.room_for(*given),
     )
     pool = _Pool(load.gpus * load.slots)
-    queue = TrialQueue(list(keys), keys, pool, None, lambda: scheduler.waiting)
+    queue = TrialQueue(
+        list(keys), keys, pool, lambda: scheduler.waiting, called=lambda trial: write([Called(key=keys[trial])])
+    )
     clock = Clock()
     devices = Devices(load, clock, Reports(load))
     devices.plan(list(keys))
     below = FakeRay(devices, clock, costs, load.seed)
     engines = dict.fromkeys((workload.name for workload in resolved.study.workloads), "cohort")
-    recorder = Recorder(
-        journal, scheduler, keys, lambda key: True, progress, engines, left=lambda trial, result: devices.vacate(trial)
-    )
-    callbacks: list[tune.Callback] = [recorder, Watching(ArmBoards(run, arms, console), pool)]
+    clerk = Clerk(journal, progress, lambda key: True, RunCopy(run, None))
+    main = _MainProcess(clerk, Places([{name: key.workload for name, key in keys.items()}]), clock, costs)
+    write = clerk.write if drivers == 1 else main.write
+    recorder = Recorder(write, scheduler, keys, run, engines, left=lambda trial, result: devices.vacate(trial))
+    boards = [Watching(ArmBoards(run, arms, console), pool)] if drivers == 1 else []
+    callbacks: list[tune.Callback] = [recorder, *boards]
     controller = _controller(run, queue, scheduler, callbacks, below)
     watch = _Watch(load, clock, devices, len(keys))
-    with progress, clock.counting_the_disk():
+    own_disk = clock.counting_the_disk() if drivers == 1 else nullcontext()
+    with progress, own_disk:
         clock.start()
         while not controller.is_finished() and len(below.futures) < events:
             controller.step()
@@ -230,6 +321,10 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         pool_ms=1e3 * devices.pool_s / max(devices.decisions, 1),
         memory_bytes=_most_memory_bytes(),
         journal_bytes=(run / JOURNAL).stat().st_size,
+        entries=main.entries,
+        messages=main.messages,
+        main_s=main.main_s,
+        disk_s=main.disk_s,
     )
 
 
@@ -385,7 +480,19 @@ def told(found: Outcome) -> str:
         f"ramp {ramp}; idle GPUs {share(found.gpu_idle)}, slots {share(found.slot_idle)}; "
         f"decision p50, p99 {both(found.decision_s)}, other reports {both(found.other_s)}; "
         f"pool {found.pool_ms:.2f} ms a decision; memory {found.memory_bytes / 2**20:.0f} MiB, "
-        f"journal {found.journal_bytes / 2**20:.1f} MiB"
+        f"journal {found.journal_bytes / 2**20:.1f} MiB{_told_of_main(found)}"
+    )
+
+
+def _told_of_main(found: Outcome) -> str:
+    """What the main process has of a driver, where it is another process."""
+    if not found.messages:
+        return ""
+    return (
+        f"; main process: {found.entries} entries in {found.messages} messages, "
+        f"{1e3 * found.main_s / found.messages:.2f} ms of the processor for a message and "
+        f"{1e6 * found.main_s / found.events:.0f} us for an event, {1e3 * found.disk_s / found.messages:.2f} ms of the "
+        f"disk for a message; busy for all {found.drivers} drivers {100 * found.main_busy:.0f} %"
     )
 
 

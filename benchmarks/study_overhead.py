@@ -4,9 +4,10 @@ Trials replay made-up learning curves and train nothing. One side is tunebench's
 and boards. The other is Tune alone with its own ASHA, its logs off. Each side runs in a process of its own, and sides
 alternate. Printed are driver seconds on the processor per trial and per report, seconds by the clock, the driver's
 memory in the second half of the trials against the first, the size of the journal, and at last how many times as much
-a trial and a report cost tunebench's driver.
+a trial and a report cost tunebench's driver. With `--drivers N` tunebench's side is a main process and N drivers, as
+with `tunebench run --drivers N`; what is printed of a driver is then of the main process.
 
-    python benchmarks/study_overhead.py [--trials 1000] [--repeats 1] [--cpus 2] [--profile ours.prof]
+    python benchmarks/study_overhead.py [--trials 1000] [--repeats 1] [--cpus 2] [--drivers 1] [--profile ours.prof]
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,21 +37,22 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
 
-from tunebench.engine.board import TrialBoard, write_experiment
+from tunebench.engine.board import write_experiment
 from tunebench.engine.task import Evaluation
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.plan import ArmPlan, plan_arms
-from tunebench.study.record import JOURNAL, Reason, Stage, TrialKey
+from tunebench.study.record import JOURNAL, Reason, Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy, resolve
-from tunebench.study.spec import Resources
+from tunebench.study.run_copy import RunCopy
+from tunebench.tuning import driver, shards
 from tunebench.tuning.arm_boards import ArmBoards
-from tunebench.tuning.asha import PerArmAsha, arm_ladders
-from tunebench.tuning.pool_client import PoolClient, TrialQueue
+from tunebench.tuning.driver import DriverWork, drive
+from tunebench.tuning.entries import Clerk, Ended, Entry, Evaluated, Write
+from tunebench.tuning.pool_client import PoolClient
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
-from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.samplers import configuration, sobol_points
-from tunebench.tuning.stage import Watching, fit
+from tunebench.tuning.stage import Watching
 from tunebench.tuning.tenancy import for_tune
 
 HORIZON, EVALUATIONS, GRACE, FACTOR = 400, 20, 100, 3
@@ -64,7 +69,8 @@ class Cost:
     Attributes:
         reports: that the driver took in.
         driver_s: on the processor, without start-up. wall_s: by the clock.
-        memory_bytes: resident set of the driver as trials ended, one after the other.
+        others_s: on the processor, of drivers beside the main process, their start-up included.
+        memory_bytes: resident set of the main process as trials ended, one after the other.
         journal_bytes: 0 for plain Tune.
     """
 
@@ -72,6 +78,7 @@ class Cost:
     reports: int
     driver_s: float
     wall_s: float
+    others_s: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
     journal_bytes: int = 0
 
@@ -166,8 +173,8 @@ def plan_trials(run: Path, arms: list[ArmPlan], resolved: ResolvedStudy) -> Jour
     points = sobol_points(resolved.spaces.values(), arms[0].trials, 0)
     for arm in arms:
         journal.add_arm(arm.name, {"ranked": True})
-    for index, point in enumerate(points):
-        for arm in arms:
+    with journal.batch():
+        for (index, point), arm in product(enumerate(points), arms):
             distributions = {name: parameter.distribution() for name, parameter in arm.space.parameters.items()}
             seeds = {"init": 1, "order": 2, "labels": 3}
             params = configuration(arm.space, point)
@@ -175,47 +182,102 @@ def plan_trials(run: Path, arms: list[ArmPlan], resolved: ResolvedStudy) -> Jour
     return journal
 
 
-def ours(run: Path, trials: int) -> Cost:
+def ours(run: Path, trials: int, drivers: int = 1) -> Cost:
     """The whole stack but the cohorts."""
     resolved = study_of(run, trials)
     arms, console = plan_arms(resolved), Console(file=(run / "console").open("w"))
     began, processor = time.perf_counter(), time.process_time()
     write_experiment(run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
     journal = plan_trials(run, arms, resolved)
-    records = read_trials(run)
-    keys = {record.key.trial_id: record.key for record in records}
-    params = {record.key.trial_id: record.params for record in records}
+    work = _work(run, arms, read_trials(run), resolved)
     progress = Progress(run, Stage.TUNE, console)
-    for record in records:
+    for record in work.records:
         progress.planned(record.key, None, None)
-    scheduler = PerArmAsha(
-        arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1), keys.__getitem__
-    )
-    pool = PoolClient(Resources(), run)
-    queue = TrialQueue(list(keys), (), pool, None, lambda: scheduler.waiting)
-
-    def close_board(key: TrialKey, last: Evaluation) -> None:
-        TrialBoard(run, key, params[key.trial_id], last.step).close(last, Reason.STOPPED_ASHA)
-
-    engines = dict.fromkeys(("first", "second"), "cohort")
-    recorder = Recorder(journal, scheduler, keys, lambda key: True, progress, engines, stopped=close_board)
-    meter = Meter()
-    callbacks = [recorder, Watching(ArmBoards(run, arms, console), pool), meter]
+    clerk, meter = Clerk(journal, progress, lambda key: True, RunCopy(run, None)), Meter()
+    pool = PoolClient(work.resources, run)
+    watching = Watching(ArmBoards(run, arms, console), pool)
+    others_s: list[float] = []
     with progress:
-        fit(_trainable(run), queue, scheduler, callbacks, run, Stage.TUNE, resolved.study.resources)
+        if drivers == 1:
+            Mocked.trials_of(run)
+            drive(work, pool, clerk.write, [watching, meter])
+        else:
+            shards.Shard = Mocked  # type: ignore[misc]
+            several = shards.Shards(run, drivers)
+            several.run(several.divided(work), pool, partial(_counted, meter, clerk.write), watching.look)
+            others_s = [ray.get(actor.driver_s.remote()) for actor in several._actors]
     ended = sum(record.reason is not None for record in read_trials(run))
-    assert ended == len(keys), f"found {ended} trials that ended, wanted {len(keys)}"
+    assert ended == len(work.records), f"found {ended} trials that ended, wanted {len(work.records)}"
     return Cost(
-        trials=len(keys),
+        trials=len(work.records),
         reports=meter.reports,
         driver_s=time.process_time() - processor,
         wall_s=time.perf_counter() - began,
+        others_s=others_s,
         memory_bytes=meter.memory_bytes,
         journal_bytes=(run / JOURNAL).stat().st_size,
     )
 
 
-def plain(run: Path, trials: int) -> Cost:
+def _work(run: Path, arms: list[ArmPlan], records: list[TrialRecord], resolved: ResolvedStudy) -> DriverWork:
+    """All trials, of an engine that takes Ray's resources; of their tasks there is what a driver looks at."""
+    steps = tuple(range(HORIZON // EVALUATIONS, HORIZON + 1, HORIZON // EVALUATIONS))
+    workloads = {workload.name: workload for workload in resolved.study.workloads}
+    tasks: dict[str, Any] = {
+        record.key.trial_id: SimpleNamespace(
+            key=record.key,
+            workload=workloads[record.key.workload],
+            hyperparameters=record.params,
+            evaluation_steps=steps,
+            run=run,
+            storage=None,
+        )
+        for record in records
+    }
+    return DriverWork(
+        name="tune",
+        run=run,
+        storage=None,
+        records=records,
+        tenants={},
+        alone=tasks,
+        bound={},
+        engines=dict.fromkeys(workloads, "lightning"),
+        rungs={arm.name: arm.rungs for arm in arms},
+        asha=resolved.study.tune.asha,
+        fewest=1,
+        resources=resolved.study.resources,
+    )
+
+
+class Mocked(shards.Shard):
+    """A driver whose trials replay their curves."""
+
+    @staticmethod
+    def trials_of(run: Path) -> None:
+        """From now on drivers of this process have such trials."""
+        driver._trainable = lambda work, room: _trainable(run)
+
+    def begin(self, work: DriverWork, pool: Any) -> None:
+        """As every driver, with such trials."""
+        self.trials_of(work.run)
+        super().begin(work, pool)
+
+    def driver_s(self) -> float:
+        """Seconds of this process on the processor."""
+        return time.process_time()
+
+
+def _counted(meter: Meter, write: Write, entries: Sequence[Entry]) -> None:
+    write(entries)
+    for entry in entries:
+        if isinstance(entry, Evaluated):
+            meter.on_trial_result()
+        elif isinstance(entry, Ended):
+            meter.on_trial_complete()
+
+
+def plain(run: Path, trials: int, drivers: int = 1) -> Cost:
     """Tune and its own ASHA, which pools all arms and never pauses."""
     names = [
         f"{arm.name}.{index}".replace("/", ".")
@@ -244,14 +306,14 @@ def plain(run: Path, trials: int) -> Cost:
 
 def _trainable(run: Path) -> Any:
     steps = run / "steps"
-    steps.mkdir()
+    steps.mkdir(exist_ok=True)
     return tune.with_resources(tune.with_parameters(mock_trial, steps=steps), {"cpu": _CPUS_PER_TRIAL})
 
 
-SIDES: dict[str, Callable[[Path, int], Cost]] = {"tunebench": ours, "plain Tune": plain}
+SIDES: dict[str, Callable[[Path, int, int], Cost]] = {"tunebench": ours, "plain Tune": plain}
 
 
-def measure_here(side: str, trials: int, cpus: int, profile: str | None) -> Cost:
+def measure_here(side: str, trials: int, cpus: int, drivers: int, profile: str | None) -> Cost:
     """Run one side in this process."""
     ray.init(
         "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES
@@ -260,7 +322,7 @@ def measure_here(side: str, trials: int, cpus: int, profile: str | None) -> Cost
         profiler = cProfile.Profile(time.thread_time)  # of the driver's own thread, not of those of Ray
         if profile:
             profiler.enable()
-        cost = SIDES[side](Path(folder), trials)
+        cost = SIDES[side](Path(folder), trials, drivers)
         if profile:
             profiler.disable()
             profiler.dump_stats(profile)
@@ -279,6 +341,8 @@ def measure(side: str, arguments: argparse.Namespace) -> Cost:
         str(arguments.trials),
         "--cpus",
         str(arguments.cpus),
+        "--drivers",
+        str(arguments.drivers),
     ]
     if arguments.profile and side == "tunebench":
         command += ["--profile", arguments.profile]
@@ -300,10 +364,12 @@ def measure(side: str, arguments: argparse.Namespace) -> Cost:
 def told(side: str, cost: Cost) -> str:
     """One line about a side."""
     peak = max(cost.memory_bytes) / 2**20
+    others = f" and others {', '.join(f'{seconds:.1f}' for seconds in cost.others_s)} s" if cost.others_s else ""
     journal = f", journal {cost.journal_bytes / 2**20:.2f} MiB" if cost.journal_bytes else ""
     return (
-        f"{side}: {cost.trials} trials, {cost.reports} reports, {cost.wall_s:.0f} s; driver {cost.driver_s:.1f} s, "
-        f"{1e3 * cost.driver_s / cost.trials:.1f} ms a trial, {1e3 * cost.driver_s / cost.reports:.2f} ms a report; "
+        f"{side}: {cost.trials} trials, {cost.reports} reports, {cost.wall_s:.0f} s; "
+        f"driver {cost.driver_s:.1f} s{others}, {1e3 * cost.driver_s / cost.trials:.1f} ms a trial, "
+        f"{1e3 * cost.driver_s / cost.reports:.2f} ms a report; "
         f"memory {peak:.0f} MiB, second half over first {cost.growth:.3f}{journal}; "
         f"load average {os.getloadavg()[0]:.1f}"
     )
@@ -325,11 +391,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--drivers", type=int, default=1, help="of tunebench's side, as `tunebench run --drivers`")
     parser.add_argument("--side", choices=list(SIDES), help="one side, in this process, as JSON")
     parser.add_argument("--profile", help="write a profile of tunebench's driver there; it slows the driver down")
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(asdict(measure_here(arguments.side, arguments.trials, arguments.cpus, arguments.profile))))
+        print(
+            json.dumps(
+                asdict(
+                    measure_here(arguments.side, arguments.trials, arguments.cpus, arguments.drivers, arguments.profile)
+                )
+            )
+        )
         return
     costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
     for _ in range(arguments.repeats):

@@ -1,4 +1,4 @@
-"""Wall-clock of one whole study, ASHA and confirm stage included, by each engine.
+"""Wall-clock of one whole study, ASHA and confirm stage included, its report not, by each engine.
 
 The study is run once per engine in a folder of its own, one after the other, with the data made before. Engines differ
 in the order in which trials reach their rungs, so the number of training steps may differ too: both the wall-clock and
@@ -11,20 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from benchmarks.whole_study import failures, prepare_data, read_study, run_changed, trial_steps
 from tunebench.study.journal import read_trials
-from tunebench.study.record import Reason
-from tunebench.study.resolve import resolve
-from tunebench.workloads.data import prepare
 
 
 @dataclass(frozen=True)
@@ -52,8 +44,7 @@ class StudyTime:
 def main() -> None:
     """Run the study with each engine and print a table and the ratios to the last engine."""
     arguments = _parser().parse_args()
-    for workload in resolve(arguments.study).study.workloads:
-        prepare(workload.data)
+    prepare_data(arguments.study)
     found = []
     for engine in arguments.engines:
         found.append(timed(arguments, engine))
@@ -72,33 +63,14 @@ def timed(arguments: argparse.Namespace, engine: str) -> StudyTime:
     Raises:
         subprocess.CalledProcessError: the run failed; what it printed is on the screen.
     """
-    study: dict[str, Any] = yaml.safe_load(arguments.study.read_text(encoding="utf-8")) | {"engine": engine}
+    study = read_study(arguments.study) | {"engine": engine}
     if arguments.gpus is not None:
         study["resources"] = study.get("resources", {}) | {"gpus_per_trial": arguments.gpus}
     with tempfile.TemporaryDirectory(prefix="tunebench-study-time-") as folder:
-        file, run = arguments.study.resolve().with_name(f".study-time-{engine}.yaml"), Path(folder) / "run"
-        file.write_text(
-            yaml.safe_dump(study, sort_keys=False), encoding="utf-8"
-        )  # beside the study: paths are relative
-        try:
-            began = time.perf_counter()
-            command = [
-                sys.executable,
-                "-c",
-                "from tunebench.cli import main; main()",
-                "run",
-                str(file),
-                "--run",
-                str(run),
-            ]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            wall_s = time.perf_counter() - began
-        finally:
-            file.unlink()
+        run = Path(folder) / "run"
+        wall_s = run_changed(arguments.study, study, run)
         records = read_trials(run)
-    failed = sum(record.reason not in (Reason.FINISHED, Reason.STOPPED_ASHA) for record in records)
-    steps = sum(int(record.ledger["steps"]) for record in records)
-    return StudyTime(engine, wall_s, len(records), failed, steps)
+    return StudyTime(engine, wall_s, len(records), failures(records), trial_steps(records))
 
 
 def _row(one: StudyTime) -> str:

@@ -212,8 +212,13 @@ class CellFailed(Exception):
     """A cell could not be measured, in one line."""
 
 
-def make_task(setup: Setup, cell: Cell, index: int, run: Path) -> TrialTask:
-    """A trial of a cell; trials differ in their order of batches and, in a mix, their optimizer."""
+def make_task(
+    setup: Setup, cell: Cell, index: int, run: Path, evaluation_steps: Sequence[int] | None = None
+) -> TrialTask:
+    """A trial of a cell; trials differ in their order of batches and, in a mix, their optimizer.
+
+    Without `evaluation_steps` it is evaluated after the first step, after the warm-up and then in each period.
+    """
     optimizer = MIX[index % len(MIX)] if cell.optimizers == "mixed" else "adamw"
     space = SearchSpace.load(optimizer)
     workload = setup.study.workloads[0]
@@ -230,7 +235,7 @@ def make_task(setup: Setup, cell: Cell, index: int, run: Path) -> TrialTask:
         schedule=space.schedule_of(Arm(name=optimizer), setup.study.schedule),
         objective=setup.study.objective,
         seeds=Seeds(**{**seeds, "order": named_seed(setup.study.seed, "throughput order", index)}),
-        evaluation_steps=(1, *range(_WARM_UP, setup.horizon + 1, setup.evaluate_every)),
+        evaluation_steps=tuple(evaluation_steps or (1, *range(_WARM_UP, setup.horizon + 1, setup.evaluate_every))),
         run=run,
         device=setup.device,
         threads=1 if cell.way == "processes" else setup.threads,

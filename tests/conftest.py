@@ -19,6 +19,7 @@ LONGEST_FIRST = (
     "tests/tuning/test_kill.py",
     "tests/cluster/test_lan.py",
     "tests/tuning/test_pool.py",
+    "tests/tuning/test_shards.py",
     "tests/tuning/test_run.py",
     "tests/engine/test_fused.py",
     "tests/engine/test_cohort_and_lightning.py",

@@ -166,6 +166,10 @@ def run(
             help="more configurations for every arm of a run that began; widens ranges whose best lies at the edge",
         ),
     ] = 0,
+    drivers: Annotated[
+        int,
+        typer.Option(min=1, help="processes that share the arms, where one cannot take in the reports of all trials"),
+    ] = 1,
     properties: Annotated[
         bool, typer.Option(help="compute the study's properties; left out, `tunebench properties RUN` does so later")
     ] = True,
@@ -179,7 +183,14 @@ def run(
     console = _stderr() if as_json else _stdout()
     found = source_of(study or str(_default_study()), run_folder, storage)
     console.print(f"run directory: {found.folder}", highlight=False, soft_wrap=True)
-    options = RunOptions(run=found.folder, address=address, extend=extend, storage=found.storage, properties=properties)
+    options = RunOptions(
+        run=found.folder,
+        address=address,
+        extend=extend,
+        storage=found.storage,
+        drivers=drivers,
+        properties=properties,
+    )
     records = run_study(found.resolved, options, console)
     summary: dict[str, Any] = {"run": str(found.folder), "trials": len(records)}
     if report:
@@ -237,14 +248,21 @@ def calibrate(
     run_folder: Annotated[Path | None, typer.Option("--run", help="run directory")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="times that every step is measured")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="least duration of one measurement")] = 0.5,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join: measure one device of every kind that it has; left out, this device"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a step of every arm takes alone on this device, for the report's time axis."""
+    """Measure what a step of every arm takes alone on a device, for the report's time axis.
+
+    The file keeps one table for each kind of device; a kind that is measured again gets a new one.
+    """
     from tunebench.tuning.calibration import CalibrateOptions, calibrate_run
 
-    options = CalibrateOptions(run=run_folder, rounds=rounds, seconds=seconds)
-    file, table = calibrate_run(source, options, _stderr())
-    _print({"file": str(file), **table.model_dump(mode="json")}, as_json, _calibration_table)
+    options = CalibrateOptions(run=run_folder, address=address, rounds=rounds, seconds=seconds)
+    file, calibration = calibrate_run(source, options, _stderr())
+    _print({"file": str(file), **calibration.model_dump(mode="json")}, as_json, _calibration_table)
 
 
 @app.command()
@@ -726,15 +744,19 @@ def _doctor_table(found: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _calibration_table(summary: dict[str, Any]) -> Table:
-    title = f"{summary['file']}: {summary['device']}, {summary['rounds']} rounds, median (quartiles)"
+def _calibration_table(summary: dict[str, Any]) -> Group:
+    return Group(summary["file"], *map(_device_table, summary["tables"]))
+
+
+def _device_table(times: dict[str, Any]) -> Table:
+    title = f"{times['device']}, {times['rounds']} rounds, median (quartiles)"
     table = Table(title=title, title_justify="left")
     for column in ("arm", "settings", "engine", "plain step [ms]", "refresh step [ms]"):
         table.add_column(column, justify="right" if "[ms]" in column else "left", no_wrap=column == "arm")
-    for step in summary["steps"]:
+    for step in times["steps"]:
         settings = " ".join(f"{name}={value}" for name, value in step["settings"].items())
-        times = (_milliseconds(step[kind]) for kind in ("plain", "refresh"))
-        table.add_row(f"{step['workload']}/{step['optimizer']}", settings, step["engine"], *times)
+        steps = (_milliseconds(step[kind]) for kind in ("plain", "refresh"))
+        table.add_row(f"{step['workload']}/{step['optimizer']}", settings, step["engine"], *steps)
     return table
 
 

@@ -22,7 +22,15 @@ from analysis.tuning_curve import tuning_curve
 from analysis.wording import ABSENT
 from tests.analysis.synthetic_run import HORIZON, RUNG, Plan, write_run
 from tunebench.study.record import ENVIRONMENT, Stage
-from tunebench.study.step_times import CALIBRATION, Calibration, SoloStep, TimedStep, settings_of, write_calibration
+from tunebench.study.step_times import (
+    CALIBRATION,
+    Calibration,
+    DeviceTimes,
+    SoloStep,
+    TimedStep,
+    settings_of,
+    write_calibration,
+)
 
 ARMS = {"adamw": (0.03, 0.031, 0.032), "soap": (0.02, 0.021, 0.022)}
 WORKLOAD = "ethanol-nequip"
@@ -45,6 +53,11 @@ def timed_run(untimed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def calibration(run: Run, **changes: Any) -> Calibration:
+    """A file with one table, of which something is changed."""
+    return Calibration(schema_version=2, study_hash=run.resolved.hash, tables=(times(run, **changes),))
+
+
+def times(run: Run, slower: float = 1.0, **changes: Any) -> DeviceTimes:
     """AdamW steps of 10 ms; SOAP steps of 20 ms, 50 ms with a refresh; a spread of a tenth around them."""
     steps = []
     for name, plain, refresh in (("adamw", PLAIN, None), ("soap", 2 * PLAIN, REFRESH)):
@@ -56,14 +69,12 @@ def calibration(run: Run, **changes: Any) -> Calibration:
                 settings=settings,
                 engine="cohort",
                 threads=1,
-                plain=rounds(plain),
-                refresh=None if refresh is None else rounds(refresh),
+                plain=rounds(slower * plain),
+                refresh=None if refresh is None else rounds(slower * refresh),
             )
             for settings in settings_of(own, run.resolved.spaces[name])
         ]
     content = {
-        "schema_version": 1,
-        "study_hash": run.resolved.hash,
         "date": "2026-11-22T08:00:00+00:00",
         "device": "EPYC",
         "kind": "cpu",
@@ -71,7 +82,7 @@ def calibration(run: Run, **changes: Any) -> Calibration:
         "environment": TIMED,
         "steps": tuple(steps),
     }
-    return Calibration(**{**content, **changes})
+    return DeviceTimes(**{**content, **changes})
 
 
 def rounds(seconds: float) -> TimedStep:
@@ -130,7 +141,7 @@ def test_curves_are_drawn_over_calibrated_seconds_for_all_arms_of_a_workload_or_
     assert before is not None
     np.testing.assert_allclose(curve.device_s, curve.step * PLAIN)
     np.testing.assert_allclose(before.device_s, before.step * 0.02)
-    soap_alone = tuple(step for step in calibration(timed).steps if step.optimizer == "soap")
+    soap_alone = tuple(step for step in times(timed).steps if step.optimizer == "soap")
     half = replace(timed, calibration=calibration(timed, steps=soap_alone))
     assert not time_axis(half, WORKLOAD).calibrated
     curve = learning_curve(half, WORKLOAD, "soap")
@@ -162,7 +173,7 @@ def test_shared_steps_without_a_table_are_a_warning_that_names_the_command(untim
 
 def test_a_table_measured_beside_other_work_is_a_warning(timed_run: Path) -> None:
     run = load(timed_run)
-    first, *others = calibration(run).steps
+    first, *others = times(run).steps
     shaken = first.model_copy(update={"plain": TimedStep.of([0.5 * PLAIN, PLAIN, 3 * PLAIN], 20)})
     (line,) = untimed(replace(run, calibration=calibration(run, steps=(shaken, *others))))
     assert line.startswith(
@@ -173,7 +184,7 @@ def test_a_table_measured_beside_other_work_is_a_warning(timed_run: Path) -> Non
 
 def test_an_arm_that_the_table_leaves_out_is_named_with_its_settings(timed_run: Path) -> None:
     run = load(timed_run)
-    steps = tuple(s for s in calibration(run).steps if s.settings.get("fctp_view") != "merged")
+    steps = tuple(s for s in times(run).steps if s.settings.get("fctp_view") != "merged")
     lines = list(untimed(replace(run, calibration=calibration(run, steps=steps))))
     assert lines
     assert all(line.startswith(f'{WORKLOAD}/soap {{"fctp_view": "merged"}}: ') for line in lines)
@@ -220,6 +231,53 @@ def test_the_ranking_says_what_a_step_of_each_winner_takes(timed_run: Path, unti
     assert adamw.step_time.high_s == pytest.approx(1.05 * PLAIN)
     (workload,) = rank(load(untimed_run)).workloads
     assert [arm.step_time for arm in workload.arms] == [None, None]
+
+
+@pytest.fixture(scope="module")
+def mixed_run(timed_run: Path) -> Run:
+    """A run whose every other trial was on a device that takes twice as long, with tables of both kinds."""
+    run = load(timed_run)
+    kinds = ("H200", "L4")
+    trials = tuple(replace(trial, device=kinds[place % 2]) for place, trial in enumerate(run.trials))
+    gpu = {"kind": "cuda", "environment": {}}
+    tables = (times(run, device="NVIDIA H200", **gpu), times(run, 2.0, device="NVIDIA L4", accelerator="L4", **gpu))
+    own = Calibration(schema_version=2, study_hash=run.resolved.hash, tables=tables)
+    return replace(run, trials=trials, calibration=own)
+
+
+def test_a_trial_is_timed_on_the_kind_of_device_that_trained_it(mixed_run: Run) -> None:
+    assert time_axis(mixed_run, WORKLOAD).calibrated
+    for trial in mixed_run.arm(WORKLOAD, "adamw"):
+        step_s = {"H200": PLAIN, "L4": 2 * PLAIN}[trial.device or ""]
+        assert calibrated_s(mixed_run, trial) == pytest.approx(trial.ledger["steps"] * step_s)
+    assert list(untimed(mixed_run)) == []
+
+
+def test_budgets_do_not_depend_on_the_devices_that_trials_met(mixed_run: Run, timed_run: Path) -> None:
+    alike = load(timed_run)
+    for optimizer in ARMS:
+        mixed, same = (arm_ledger(run, WORKLOAD, optimizer, Stage.TUNE) for run in (mixed_run, alike))
+        assert mixed.calibrated_s == pytest.approx(same.calibrated_s)
+
+
+def test_a_kind_of_device_without_a_table_is_named_with_its_trials(mixed_run: Run) -> None:
+    assert mixed_run.calibration is not None
+    fast = mixed_run.calibration.tables[0]
+    without = replace(mixed_run, calibration=mixed_run.calibration.model_copy(update={"tables": (fast,)}))
+    (line,) = untimed(without)
+    number = sum(trial.device == "L4" for trial in mixed_run.trials)
+    assert line.startswith(f"{number} trials were on devices of kind L4, {CALIBRATION} has steps on NVIDIA H200; ")
+    assert "--address" in line
+    assert line in warnings(without)
+    assert not time_axis(without, WORKLOAD).calibrated
+    lost = replace(mixed_run, trials=tuple(replace(trial, device=None) for trial in mixed_run.trials))
+    (line,) = untimed(lost)
+    assert "of a kind that was not written down" in line
+
+
+def test_trials_that_have_not_begun_need_no_table(mixed_run: Run) -> None:
+    waiting = replace(mixed_run.trials[0], device=None, ledger={}, reason=None)
+    assert time_axis(replace(mixed_run, trials=(*mixed_run.trials, waiting)), WORKLOAD).calibrated
 
 
 def words(page: Path) -> str:

@@ -174,6 +174,11 @@ def test_gpus_are_held_by_a_process_beside_the_driver(tmp_path: Path) -> None:
     assert held[held.index("--") + 1 :] == plain
 
 
+def test_several_drivers_are_started_by_one_command(tmp_path: Path) -> None:
+    one = driver_command(Path("s.yaml"), tmp_path, "auto", 0)
+    assert driver_command(Path("s.yaml"), tmp_path, "auto", 0, drivers=12) == [*one, "--drivers", "12"]
+
+
 def test_waiting_says_what_did_not_come(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not within 0 s: the impossible"):
         wait_for(lambda: False, 0.0, "the impossible")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nequip.utils.global_state import set_global_state
 
 from tests.engine.conftest import MakeTask, Reports
 from tests.engine.test_lightning import assert_same_state
@@ -42,6 +43,7 @@ def shuffled(state: SlotState, step: int) -> SlotState:
 
 @pytest.mark.parametrize("family", ["nequip", "allegro"])
 def test_a_trial_starts_from_the_weights_that_nequip_draws_for_its_seed(make_task: MakeTask, family: str) -> None:
+    set_global_state()  # NequIP builds none without
     first, shelf = make_task(family=family, name="first"), ModuleShelf()
     second = replace(make_task("soap", family=family, name="second"), seeds=replace(first.seeds, init=7))
     tenants = [Tenant(task, shelf) for task in (first, second, replace(first, run=first.run.parent / "third"))]

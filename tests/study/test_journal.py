@@ -360,3 +360,59 @@ def test_a_driver_that_comes_back_parses_its_journal_once(tmp_path: Path, monkey
     again = JournalWriter(tmp_path)
     assert again.trials() == read_trials(tmp_path)
     assert parses.count(0) == 2, "the driver, and `read_trials` in this test"
+
+
+def test_what_is_written_in_a_batch_is_seen_at_once_and_waits_for_the_disk_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    with journal.batch():
+        for index in range(3):
+            end(journal, plan(journal, index))
+        assert [record.reason for record in journal.trials()] == [Reason.FINISHED] * 3
+        assert read_trials(tmp_path) == []
+    assert len(waits) == 1
+    assert read_trials(tmp_path) == journal.trials()
+
+
+def test_after_a_batch_that_the_disk_refuses_the_journal_knows_what_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    trial = plan(journal)
+    append = JournalFileBackend.append_logs
+
+    def tear(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        append(backend, logs[:1])
+        with (tmp_path / JOURNAL).open("ab") as file:
+            file.write(b'{"op_code": 9, "wor')
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", tear)
+
+    def write() -> None:
+        with journal.batch():
+            journal.start(trial)
+            end(journal, trial)
+
+    with pytest.raises(OSError, match="no space left"):
+        write()
+    monkeypatch.undo()
+    assert journal.trials() == read_trials(tmp_path)
+    assert [record.state for record in journal.trials()] == ["RUNNING"]
+    end(journal, trial)
+    assert [record.reason for record in read_trials(tmp_path)] == [Reason.FINISHED]
+
+
+def test_a_long_batch_is_written_in_parts(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.add_arm(ARM, {})
+    with journal.batch():
+        for index in range(1500):
+            plan(journal, index)
+        assert len(read_trials(tmp_path)) == 1000
+    assert read_trials(tmp_path) == journal.trials()

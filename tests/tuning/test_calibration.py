@@ -15,7 +15,7 @@ from tunebench.study.journal import JournalWriter
 from tunebench.study.lock import LOCK
 from tunebench.study.record import Stage, TrialKey
 from tunebench.study.resolve import load_run, resolve
-from tunebench.study.step_times import CALIBRATION, read_calibration, write_calibration
+from tunebench.study.step_times import CALIBRATION, add_tables, read_calibration
 from tunebench.tuning.calibration import searched_by_arm
 
 QUICK = ("--rounds", "2", "--seconds", "0.01")
@@ -43,15 +43,21 @@ def test_settings_are_those_of_the_runs_trials(tmp_path: Path) -> None:
     assert searched_by_arm(tmp_path) == {"w/adamw": [{"learning_rate": 0.01}, {"learning_rate": 0.1}]}
 
 
-def table(run: Path) -> dict[str, Any]:
+def content_of(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / CALIBRATION).read_text(encoding="utf-8"))
     return content
+
+
+def table(run: Path) -> dict[str, Any]:
+    (only,) = content_of(run)["tables"]
+    assert isinstance(only, dict)
+    return only
 
 
 def test_calibrating_a_study_freezes_it_in_its_run_directory_beside_the_table(calibrated: Path) -> None:
     assert load_run(calibrated).hash == resolve(calibrated.parent / "study.yaml").hash
     content = table(calibrated)
-    assert content["study_hash"] == load_run(calibrated).hash
+    assert content_of(calibrated)["study_hash"] == load_run(calibrated).hash
     assert [(step["optimizer"], step["engine"], step["refresh"] is None) for step in content["steps"]] == [
         ("adamw", "lightning", True),
         ("soap", "lightning", False),
@@ -62,19 +68,23 @@ def test_calibrating_a_study_freezes_it_in_its_run_directory_beside_the_table(ca
             assert 0 < timed["low_s"] <= timed["median_s"] <= timed["high_s"]
 
 
-def test_a_second_calibration_measures_anew_and_replaces_the_table(
+def test_a_second_calibration_replaces_the_table_of_its_device_and_keeps_others(
     calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolved = load_run(calibrated)
     first = read_calibration(calibrated, resolved.hash)
     assert first is not None
-    write_calibration(calibrated, first.model_copy(update={"date": "2001-01-01T00:00:00+00:00"}))
+    (old,) = first.tables
+    add_tables(calibrated, resolved.hash, [old.model_copy(update={"date": "2001-01-01T00:00:00+00:00"})])
+    other = old.model_copy(update={"kind": "cuda", "device": "NVIDIA H200"})
+    add_tables(calibrated, resolved.hash, [other])
     assert run_command(["calibrate", str(calibrated), "--json", *QUICK]) == DONE
     printed = json.loads(capsys.readouterr().out)
-    second = table(calibrated)
-    assert printed == {"file": str(calibrated / CALIBRATION), **second}
+    assert printed == {"file": str(calibrated / CALIBRATION), **content_of(calibrated)}
+    second, kept = content_of(calibrated)["tables"]
+    assert kept == other.model_dump(mode="json")
     assert second["date"] > "2020"
-    assert second["steps"][0]["plain"]["rounds_s"] != list(first.steps[0].plain.rounds_s)
+    assert second["steps"][0]["plain"]["rounds_s"] != list(old.steps[0].plain.rounds_s)
 
 
 def test_a_run_that_somebody_works_on_is_not_calibrated(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from tests.study.test_step_times import solo_step, table
 from tests.tuning.conftest import STUDY, python_path, tunebench, write_study
 from tunebench.study.journal import read_afforded, read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
-from tunebench.study.resolve import resolve
 
 ADAMW, LAMB = "ethanol/adamw", "ethanol/lamb"
 STEP_S = {ADAMW: 1.0, LAMB: 1.5}
@@ -25,9 +24,9 @@ import os, sys, types
 from pathlib import Path
 if any("default_worker" in a for a in sys.argv):
     def solo_steps(*arguments):
-        from tunebench.study.step_times import Calibration
+        from tunebench.study.step_times import DeviceTimes
         Path({folder!r}, "measured-by").write_text(str(os.getpid()))
-        return Calibration.model_validate_json(Path({folder!r}, "table.json").read_bytes())
+        return DeviceTimes.model_validate_json(Path({folder!r}, "table.json").read_bytes())
     solo = types.ModuleType("tunebench.engine.solo")
     solo.SoloPlan, solo.solo_steps = dict, solo_steps
     sys.modules["tunebench.engine.solo"] = solo
@@ -44,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, workloads=[workload], optimizers=["adamw", "lamb"], tune=tune, confirm={"top_k": 1, "seeds": 1}
     )
     steps = [solo_step(arm.split("/")[1], [seconds]) for arm, seconds in STEP_S.items()]
-    measured = table(*steps).model_copy(update={"study_hash": resolve(study).hash})
-    (folder / "table.json").write_text(measured.model_dump_json())
+    (folder / "table.json").write_text(table(*steps).model_dump_json())
     (folder / "sitecustomize.py").write_text(MEASURED.format(folder=str(folder)))
     for name, options in (("first", ["--no-report"]), ("second", ["--extend", str(MORE)])):
         done = tunebench("run", study, "--run", folder / "run", *options, PYTHONPATH=python_path(folder))

@@ -13,7 +13,7 @@ from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import plan_arms
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import StudyError
-from tunebench.study.step_times import Calibration, read_calibration, write_calibration
+from tunebench.study.step_times import DeviceTimes, add_tables, read_calibration
 from tunebench.tuning.device_budget import budgets
 
 ADAMW, FREE = "ethanol/adamw", "ethanol/schedule_free"
@@ -30,12 +30,11 @@ class Run:
         for arm in self.arms:
             self.journal.add_arm(arm.name, {})
 
-    def times(self, **seconds: float) -> Calibration:
-        steps = (solo_step(name, [each]) for name, each in seconds.items())
-        return table(*steps).model_copy(update={"study_hash": self.study.hash})
+    def times(self, **seconds: float) -> DeviceTimes:
+        return table(*(solo_step(name, [each]) for name, each in seconds.items()))
 
-    def calibrate(self, **seconds: float) -> None:
-        write_calibration(self.folder, self.times(**seconds))
+    def calibrate(self, device: str = "NVIDIA H200", **seconds: float) -> None:
+        add_tables(self.folder, self.study.hash, [self.times(**seconds).model_copy(update={"device": device})])
 
     def afforded(self, **measured: float) -> dict[str, int]:
         searched: dict[str, Any] = {arm.name: [arm.space.defaults()] * arm.trials for arm in self.arms}
@@ -71,7 +70,18 @@ def test_steps_that_nobody_has_timed_are_timed_before_the_first_trial(make: Call
     assert run.afforded(adamw=1.0, schedule_free=4.0) == {ADAMW: 9, FREE: 8}
     measured = read_calibration(run.folder, run.study.hash)
     assert measured is not None
-    assert len(measured.steps) == 2
+    (times,) = measured.tables
+    assert len(times.steps) == 2
+
+
+def test_the_cap_is_counted_in_seconds_of_the_first_kind_of_device_that_has_all_steps(
+    make: Callable[..., Run],
+) -> None:
+    run = make()
+    run.calibrate("NVIDIA L4", adamw=100.0)
+    run.calibrate("NVIDIA H200", adamw=1.0, schedule_free=4.0)
+    run.calibrate("NVIDIA B200", adamw=0.1, schedule_free=0.1)
+    assert run.afforded() == {ADAMW: 9, FREE: 8}
 
 
 def test_an_arm_that_cannot_be_timed_has_no_cap_to_be_held_against(make: Callable[..., Run]) -> None:

@@ -11,7 +11,7 @@ from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
-from tunebench.tuning.tenancy import evaluation_of
+from tunebench.tuning.tenancy import DEVICE, evaluation_of
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
@@ -46,9 +46,9 @@ def test_an_error_that_would_come_again_ends_the_trial_at_its_first_attempt(
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(trainable.tune, "report", reports.append)
     task = make_task()
-    trainable._train_alone(replace(task, hyperparameters={}))
+    trainable._train_alone(replace(task, hyperparameters={}), "H200")
     report = evaluation_of(reports[0])
-    assert len(reports) == 1
+    assert [each[DEVICE] for each in reports] == ["H200"]
     assert (report["outcome"], report["message"]) == ("CRASHED", "KeyError: 'learning_rate'")
     assert "Traceback" in trial_log(task.run, task.key.trial_id).read_text()
 
@@ -61,7 +61,7 @@ def test_an_error_that_may_pass_is_left_to_tune_which_starts_the_trial_again(
 
     monkeypatch.setattr("tunebench.engine.lightning.run_trial", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        trainable._train_alone(make_task())
+        trainable._train_alone(make_task(), "")
 
 
 def test_a_process_that_its_watchdog_has_ended_timed_out() -> None:

@@ -20,7 +20,8 @@ from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage
 from tunebench.study.spec import Resources
 from tunebench.tuning import pool as pool_module
-from tunebench.tuning.pool import Device, Pool, devices_of
+from tunebench.tuning.devices import Device
+from tunebench.tuning.pool import Pool
 from tunebench.tuning.trial_log import LOGS
 
 LONG = {**STUDY["workloads"][0], "max_steps": 120, "evaluate_every_steps": 12}
@@ -129,6 +130,7 @@ def test_a_workload_that_cannot_be_traced_trains_alone_beside_one_that_can(
     trials = read_trials(driver.run)
     assert [trial.reason for trial in trials] == [Reason.FINISHED] * 4
     assert {trial.key.workload: trial.engine for trial in trials} == {"other": "lightning", "ethanol": "cohort"}
+    assert {trial.device for trial in trials} == {""}, "of either engine's trials it is kept that Ray knows no kind"
 
     refused = tunebench(
         "run", write_study(tmp_path, engine="cohort", workloads=[{**short, "name": "other"}]), "--run",
@@ -206,20 +208,23 @@ def test_the_trials_of_a_stage_that_ranks_train_on_one_kind_of_device(
     assert all("w: its trials wait for a device of kind B200" in event for event in events)
 
 
-@pytest.mark.parametrize(
-    ("resources", "kind", "cpus", "expected"),
-    [
-        ({"CPU": 8.0, "GPU": 2.0}, "cuda", 1, [(1, 1, 4), (1, 1, 4)]),
-        ({"CPU": 1.0, "GPU": 2.0}, "cuda", 1, [(0, 1, 1), (0, 1, 1)]),
-        ({"CPU": 8.0}, "cuda", 1, []),
-        ({"CPU": 8.0, "GPU": 2.0}, "cpu", 3, [(3, 0, 3), (3, 0, 3)]),
-        ({"CPU": 2.0}, "cpu", 4, []),
-        ({"memory": 1e9}, "cpu", 1, []),
-    ],
-)
-def test_devices_are_gpus_or_cores(
-    resources: dict[str, float], kind: str, cpus: int, expected: list[tuple[int, int, int]]
+def test_trials_without_a_cohort_that_wait_for_their_kind_of_device_are_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = devices_of("node", resources, kind, cpus)
-    assert [(device.cpus, device.gpus, device.threads) for device in found] == expected
-    assert len(set(found)) == len(found)
+    cluster = SimpleNamespace(usable=lambda: nodes(one="A100"), newcomers=list, leaving=frozenset, is_settled=False)
+    monkeypatch.setattr(pool_module, "NodeWatch", lambda standard, tell: cluster)
+    monkeypatch.setattr(pool_module, "_LOOK_AT_CLUSTER_S", 0.01)
+
+    async def stage() -> list[list[str]]:
+        pool = Pool(Resources(gpus_per_trial=1), tmp_path)
+        await pool.plan({}, others_wait=True, kinds={}, bound={"there": "A100", "gone": "B200"})
+        told = []
+        for settled in (False, True):  # before that nobody knows which nodes there are
+            cluster.is_settled = settled
+            await asyncio.sleep(0.1)
+            told.append((await pool.look(0))[1])
+        return told
+
+    before, (event,) = asyncio.run(stage())
+    assert before == []
+    assert event.startswith("gone: its trials wait for a device of kind B200")

@@ -7,26 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunebench.engine.task import Evaluation
 from tunebench.study.record import Reason, Stage, TrialKey
 from tunebench.tuning.progress import Progress
 
 
 def key(index: int, optimizer: str = "adamw") -> TrialKey:
     return TrialKey(workload="ethanol", optimizer=optimizer, stage=Stage.TUNE, config_index=index, seed_index=0)
-
-
-def evaluation(objective: float) -> Evaluation:
-    return Evaluation(
-        step=4,
-        objective=objective,
-        errors={},
-        wall_s=1.0,
-        device_s=0.5,
-        train_loss=1.0,
-        learning_rate=1e-2,
-        attempts=1,
-    )
 
 
 def console(terminal: bool) -> Console:
@@ -93,8 +79,8 @@ def test_the_view_on_a_terminal_shows_each_arm_with_its_best_objective(tmp_path:
             progress.planned(key(0, optimizer), None, None)
             progress.started(key(0, optimizer))
         for objective in (math.nan, 0.75, 0.25, 0.5, math.nan, -math.inf):
-            progress.evaluated(key(0), evaluation(objective))
-        progress.evaluated(key(0, "soap"), evaluation(math.inf))
+            progress.evaluated(key(0), objective)
+        progress.evaluated(key(0, "soap"), math.inf)
     rows = [line.split() for line in screen.file.getvalue().splitlines() if "ethanol/" in line]
     adamw, soap = rows[-2:]
     assert ("ethanol/adamw" in adamw, "0.25" in adamw) == (True, True)
@@ -105,5 +91,5 @@ def test_the_view_on_a_terminal_shows_each_arm_with_its_best_objective(tmp_path:
 def test_without_a_terminal_lines_are_rare(progress: Progress, screen: Console) -> None:
     with progress:
         for _ in range(200):
-            progress.evaluated(key(0), evaluation(0.5))
+            progress.evaluated(key(0), 0.5)
     assert len(screen.file.getvalue().splitlines()) == 2

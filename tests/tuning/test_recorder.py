@@ -19,8 +19,10 @@ from tunebench.engine.work import Note, Work, write_note
 from tunebench.study.errors import RunStopped
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
+from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Asha
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
+from tunebench.tuning.entries import Clerk
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
@@ -67,12 +69,12 @@ class Driver:
         self.progress = Progress(run, stage, Console(file=io.StringIO()))
         self.left: list[str] = []
         self.closed: list[TrialKey] = []
+        clerk = Clerk(journal, self.progress, retention(keep), RunCopy(run, None))
         self.recorder = Recorder(
-            journal,
+            clerk.write,
             self.scheduler,
             self.keys,
-            retention(keep),
-            self.progress,
+            run,
             {"w": "cohort"},
             left=lambda trial, result: self.left.append(trial),
             stopped=lambda trial, last: self.closed.append(trial),

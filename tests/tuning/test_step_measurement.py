@@ -22,12 +22,12 @@ import os, sys, time, types
 from pathlib import Path
 if any("default_worker" in a for a in sys.argv):
     def solo_steps(*arguments):
-        from tunebench.study.step_times import Calibration
+        from tunebench.study.step_times import DeviceTimes
         folder = Path({folder!r})
         (folder / "process").write_text(str(os.getpid()))
         while not (folder / "measure").exists():
             time.sleep(0.05)
-        return Calibration.model_validate_json((folder / "table.json").read_bytes())
+        return DeviceTimes.model_validate_json((folder / "table.json").read_bytes())
     solo = types.ModuleType("tunebench.engine.solo")
     solo.SoloPlan, solo.solo_steps = dict, solo_steps
     sys.modules["tunebench.engine.solo"] = solo
@@ -44,6 +44,7 @@ from tunebench.study.control import Wish, ask
 from tunebench.study.errors import Interrupted
 from tunebench.study.resolve import resolve
 from tunebench.tuning import step_measurement
+from tunebench.tuning.errand import Errand
 from tunebench.tuning.stage import join_ray
 
 step_measurement._TOLD_AFTER_S = 2.0
@@ -61,7 +62,8 @@ for attempt in range(3):
     if attempt == 2:
         ray.kill(busy)
     try:
-        found = step_measurement.measured_steps(resolved, {}, {}, run, None, console, None)
+        errand = Errand(resolved=resolved, data={}, searched={}, run=run)
+        found = step_measurement.measured_steps(errand, None, console)
         print("measured", found.date, flush=True)
     except Interrupted as error:
         print(error, flush=True)
@@ -75,8 +77,7 @@ def run(tmp_path: Path) -> Path:
     study = resolve(write_study(tmp_path))
     (tmp_path / "run").mkdir()
     study.write(tmp_path / "run")
-    measured = table(solo_step("adamw", [1.0])).model_copy(update={"study_hash": study.hash})
-    (tmp_path / "table.json").write_text(measured.model_dump_json())
+    (tmp_path / "table.json").write_text(table(solo_step("adamw", [1.0])).model_dump_json())
     (tmp_path / "sitecustomize.py").write_text(MEASURES_WHEN_TOLD.format(folder=str(tmp_path)))
     return tmp_path / "run"
 

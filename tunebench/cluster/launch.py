@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.storage and not address:
         os.environ.setdefault(CACHE_VARIABLE, str(Path(given.storage) / "cache"))
     begins = output.stat().st_size
-    driver = start_driver(driver_command(given.study, run, given.address, given.gpus, address), output)
+    driver = start_driver(driver_command(given.study, run, given.address, given.gpus, address, given.drivers), output)
     print(_how_to_go_on(run, output), flush=True)
     return follow(driver, output, begins) if given.follow else 0
 
@@ -104,10 +104,13 @@ def _output_of(run: Path) -> Path:
     return output
 
 
-def driver_command(study: Path, run: Path, address: str, gpus: int, storage: str | None = None) -> list[str]:
+def driver_command(
+    study: Path, run: Path, address: str, gpus: int, storage: str | None = None, drivers: int = 1
+) -> list[str]:
     """The command line of a study's driver, and of what holds so many GPUs of an autoscaling cluster for it."""
     driver = [sys.executable, "-m", "tunebench", "run", str(study), "--run", str(run), "--address", address]
     driver += ["--storage", storage] if storage else []
+    driver += ["--drivers", str(drivers)] if drivers != 1 else []
     if not gpus:
         return driver
     return [sys.executable, "-m", "tunebench.cluster.demand", "--gpus", str(gpus), "--address", address, "--", *driver]
@@ -214,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="GPUs to ask an autoscaling cluster for meanwhile (default: none)",
+    )
+    parser.add_argument(
+        "--drivers",
+        type=int,
+        default=1,
+        help="processes on the head that share the arms, where one cannot take in the reports of all trials",
     )
     parser.add_argument(
         "--no-follow", dest="follow", action="store_false", help="return as soon as the driver has been started"

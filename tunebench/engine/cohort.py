@@ -69,6 +69,9 @@ class Cohort:
         exact: compute no more rows than the power of two that covers the trials, for timing.
         watchdog: is told of every step and every batch of an evaluation, and before whatever is traced or compiled.
 
+    Attributes:
+        trial_steps: steps that were made, each counted once for every trial that made it.
+
     Raises:
         Untraceable: the model cannot be written as a function of its weights.
         WorkloadError: the data or the model's arguments are refused.
@@ -88,6 +91,7 @@ class Cohort:
         torch.backends.cuda.matmul.allow_tf32 = False  # batched products would be off by 1e-2
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
+        self.trial_steps = 0
         self._exact, self._watchdog = exact, watchdog or Watchdog()
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
@@ -321,6 +325,7 @@ class Cohort:
                 made, shortage = self._step_together(places, shape)
                 stepped += made
                 self._watchdog.beat()
+        self.trial_steps += len(stepped)
         return stepped, shortage
 
     def _step_together(self, places: Sequence[Place], shape: BatchShape) -> tuple[list[Place], str]:

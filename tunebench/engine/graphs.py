@@ -49,10 +49,22 @@ class Replayed:
         else:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with _workspaces_of_its_own(), torch.cuda.graph(graph):
+            with _garbage_kept(), _workspaces_of_its_own(), torch.cuda.graph(graph):
                 self._call()
             self._graph = graph
             graph.replay()
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Nothing that only refers to itself is deleted within: a graph among it would be destroyed, and so the capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

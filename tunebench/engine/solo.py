@@ -33,8 +33,7 @@ from tunebench.study.search_space import Scalar
 from tunebench.study.spec import Engine
 from tunebench.study.step_times import (
     REFRESH_PERIOD,
-    SCHEMA_VERSION,
-    Calibration,
+    DeviceTimes,
     SoloStep,
     TimedStep,
     settings_of,
@@ -139,12 +138,14 @@ class SoloPlan:
         rounds: times that every step is measured; one more before them is thrown away.
         seconds: what a measurement of one kind of step takes at least, without its warm-up.
         cache: folder of traces and compiled graphs; None keeps none.
+        accelerator: kind of the device as Ray names it; None where Ray was not asked.
         clock: seconds.
     """
 
     rounds: int = 5
     seconds: float = 0.5
     cache: Path | None = None
+    accelerator: str | None = None
     clock: Clock = time.perf_counter
 
 
@@ -154,10 +155,11 @@ def solo_steps(
     searched: Mapping[str, Sequence[Mapping[str, Any]]],
     plan: SoloPlan,
     say: Say,
-) -> Calibration:
+) -> DeviceTimes:
     """Measure a step of every arm of a study under all settings that its trials have and that change the cost.
 
-    Matrix optimizers are measured with a refresh of their preconditioners at no step and at every step.
+    It is measured on the device at hand. Matrix optimizers are measured with a refresh of their preconditioners at no
+    step and at every step.
 
     Args:
         resolved: the study.
@@ -182,12 +184,11 @@ def solo_steps(
         failed = _measure(timings, plan, say)
     found = environment({name: prepared.hash for name, prepared in data.items()})
     kind = resolved.study.resources.device
-    return Calibration(
-        schema_version=SCHEMA_VERSION,
-        study_hash=resolved.hash,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    return DeviceTimes(
         device=torch.cuda.get_device_name() if kind == "cuda" else found["processor"] or "cpu",
         kind=kind,
+        accelerator=plan.accelerator,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         rounds=plan.rounds,
         environment=found,
         steps=tuple(_solo_step(cell, timings) for cell in cells if cell not in failed),

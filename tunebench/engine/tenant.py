@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import lightning
@@ -31,6 +32,7 @@ from tunebench.optim.realised import realised_groups
 from tunebench.optim.rule import UpdateRule
 from tunebench.study.files import replacing
 from tunebench.study.record import Readout, Reason, Stage
+from tunebench.study.spec import Schedule
 from tunebench.workloads.models import build_model
 
 
@@ -144,8 +146,7 @@ class Tenant:
 
     def learning_rate_factors(self) -> torch.Tensor:
         """What the schedule makes of the learning rate at each step, float64 (workload's horizon + 1,)."""
-        factors = [self.learning_rate_factor(step) for step in range(self.task.workload.max_steps + 1)]
-        return torch.tensor(factors, dtype=torch.float64)
+        return _factors(self.task.schedule, self.task.horizon, self.task.workload.max_steps)
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor for the update that follows `step` finished steps."""
@@ -219,6 +220,11 @@ class ModuleShelf:
                 raise
             self._shelf[key] = module, {name: _copied(value) for name, value in module.state_dict().items()}
         return self._shelf[key]
+
+
+@lru_cache(maxsize=16)  # half of what it took a trial with 36 000 steps to join; slots copy it
+def _factors(schedule: Schedule, horizon: int, last: int) -> torch.Tensor:
+    return torch.tensor([schedule_factor(schedule, step, horizon) for step in range(last + 1)], dtype=torch.float64)
 
 
 def _copied(value: Any) -> Any:

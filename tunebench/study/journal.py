@@ -5,6 +5,7 @@ Only the driver writes it, through `JournalWriter`; everybody may read it at any
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _LATE = "decision"
 _AFFORDED = "afforded"
+_AT_ONCE = 1000  # entries of a long batch that are held in memory
 _STATES = {Reason.FINISHED: TrialState.COMPLETE, Reason.STOPPED_ASHA: TrialState.PRUNED}
 
 
@@ -82,14 +84,19 @@ def read_passages(run: Path) -> list[tuple[str, int | None]]:
 class JournalWriter:
     """Writes the journal of one run. Every method may be repeated with the same arguments.
 
-    Trials are planned before they start, so that a resumed run knows what is missing.
+    Trials are planned before they start, so that a resumed run knows what is missing. Each method waits for the disk,
+    but inside of `batch`.
     """
 
     def __init__(self, run: Path) -> None:
-        path = run / JOURNAL
+        self._path = path = run / JOURNAL
         # A driver killed while it wrote leaves Optuna's lock, which Optuna would wait out for 30 s. The run's own lock
         # lets one driver in at a time and goes with its process, so what lies here is stale.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+        self._load()
+
+    def _load(self) -> None:
+        path = self._path
         mend_torn_tail(path)
         self._backend = _BatchBackend(path)
         with _reading(path):
@@ -101,6 +108,19 @@ class JournalWriter:
         for study_id in self._studies.values():
             for trial in self._storage.get_all_trials(study_id, deepcopy=False):
                 self._trials[trial.user_attrs["trial_id"]] = trial._trial_id
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is written inside is on the disk at the end of the block, for which it waits once, or a few times.
+
+        It is written in its order. Where that fails, this writer knows what is on the disk and nothing else.
+        """
+        try:
+            with self._backend.batch(seen_at_once=True):
+                yield
+        except BaseException:
+            self._load()
+            raise
 
     def trials(self) -> list[TrialRecord]:
         """What `read_trials` would return, without parsing the file again."""
@@ -226,29 +246,63 @@ class JournalWriter:
 
 
 class _BatchBackend(JournalFileBackend):
-    """Writes the entries of a batch at once: each write waits for the disk, and a trial's end is five entries."""
+    """Writes the entries of a batch at once: each write waits for the disk, and a trial's end is five entries.
+
+    Nobody else writes, so the file is read once; after that what is appended is what there is to read.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), lock_obj=JournalFileOpenLock(str(path)))
         self._held: list[dict[str, Any]] | None = None
+        self._seen_at_once = self._was_read = False
+        self._unread: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        if not self._was_read:
+            self._was_read = True
+            return super().read_logs(log_number_from)
+        unread, self._unread = self._unread, []
+        return iter(unread)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         if self._held is None:
-            super().append_logs(logs)
-        else:
-            self._held += logs
+            self._write(logs)
+            self._show(logs)
+            return
+        self._held += logs
+        if self._seen_at_once:
+            self._show(logs)
+            if len(self._held) >= _AT_ONCE:
+                self._write(self._held)
+                self._held = []
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Hold back what is written inside, and nothing of it reaches the disk if the block fails."""
-        self._held = []
+    def batch(self, *, seen_at_once: bool = False) -> Iterator[None]:
+        """Hold back what is written inside; a batch in a batch is part of it.
+
+        Args:
+            seen_at_once: whether readers see it before it is on the disk, in parts where it is long; otherwise nothing
+                of it is seen or reaches the disk if the block fails.
+        """
+        if self._held is not None:
+            yield
+            return
+        self._held, self._seen_at_once = [], seen_at_once
         try:
             yield
             held, self._held = self._held, None
             if held:
-                super().append_logs(held)
+                self._write(held)
+                if not seen_at_once:
+                    self._show(held)
         finally:
             self._held = None
+
+    def _write(self, logs: list[dict[str, Any]]) -> None:
+        super().append_logs(logs)
+
+    def _show(self, logs: list[dict[str, Any]]) -> None:
+        self._unread += [json.loads(json.dumps(log)) for log in logs]  # as they come back from the file
 
 
 def mend_torn_tail(path: Path) -> None:

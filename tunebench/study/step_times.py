@@ -1,4 +1,4 @@
-"""calibration.json: what one step of every arm takes alone on its device, and what a trial's step takes on average.
+"""calibration.json: what one step of every arm takes alone, on each kind of device, and what a trial's step takes.
 
 This module is the contract between measuring and analysis. It imports neither Ray nor torch.
 """
@@ -6,7 +6,7 @@ This module is the contract between measuring and analysis. It imports neither R
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from tunebench.study.search_space import Role, Scalar, SearchSpace
 from tunebench.study.spec import PositiveFloat, PositiveInt, Section
 
 CALIBRATION = "calibration.json"
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 REFRESH_PERIOD = "precondition_frequency"
 """Hyperparameter that says every how many steps a matrix optimizer refreshes its preconditioners."""
 LARGEST_SPREAD = 0.2
@@ -114,17 +114,37 @@ def _dated(text: str) -> str:
     return text
 
 
-class Calibration(Section):
-    """The table of a study's solo step times, measured on one device, in one process, round after round."""
+class DeviceTimes(Section):
+    """Solo step times of a study's arms, measured on one device, in one process, round after round."""
 
-    schema_version: Literal[1] = Field(description="of this file")
-    study_hash: str = Field(description="hash of the study whose arms were measured")
-    date: Annotated[str, AfterValidator(_dated)] = Field(description="when it was measured, ISO 8601 with time zone")
     device: str = Field(description="name of the GPU or of the processor")
     kind: Literal["cpu", "cuda"] = Field(description="what sort of device it is")
+    accelerator: str | None = Field(
+        default=None,
+        description="its kind as Ray names it and the journal keeps it, empty where Ray does not know; null where Ray "
+        "was not asked",
+    )
+    date: Annotated[str, AfterValidator(_dated)] = Field(description="when it was measured, ISO 8601 with time zone")
     rounds: PositiveInt = Field(description="times that every step was measured")
     environment: dict[str, Any] = Field(description="as environment.json has it")
     steps: Annotated[tuple[SoloStep, ...], Field(strict=False)] = Field(description="one entry per arm and settings")
+
+    def is_of(self, accelerator: str) -> bool:
+        """Whether it was measured on a kind of device, by the name that Ray gives it.
+
+        Without Ray's own name the device's is looked at: Ray cuts a GPU's name down, and puts hyphens between words.
+        """
+        if self.accelerator is not None:
+            return self.accelerator == accelerator
+        return bool(accelerator) and f" {_words(accelerator)} " in f" {_words(self.device)} "
+
+    def replaces(self, other: DeviceTimes) -> bool:
+        """Whether both are of one kind of device; processors that Ray gives no kind cannot be told apart."""
+        if self.accelerator and other.accelerator:
+            return self.accelerator == other.accelerator
+        if self.accelerator or other.accelerator:
+            return self.is_of(other.accelerator or "") or other.is_of(self.accelerator or "")
+        return self.kind == other.kind and (self.kind == "cpu" or self.device == other.device)
 
     def find(self, space: SearchSpace, workload: str, params: Mapping[str, Any]) -> SoloStep | None:
         """The step of a trial's arm under its settings; None where it was not measured.
@@ -151,6 +171,66 @@ class Calibration(Section):
             return None
         period = {**params, **space.fixed_values()}.get(REFRESH_PERIOD)
         return found.mean(None if period is None else float(period))
+
+
+def _words(name: str) -> str:
+    return " ".join(name.replace("-", " ").split())
+
+
+class Calibration(Section):
+    """The step times of a study: a table for each kind of device on which they were measured."""
+
+    schema_version: Literal[2] = Field(description="of this file")
+    study_hash: str = Field(description="hash of the study whose arms were measured")
+    tables: Annotated[tuple[DeviceTimes, ...], Field(strict=False, min_length=1)] = Field(
+        description="one for each kind of device, in the order in which they came"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_version_1(cls, content: Any) -> Any:
+        """A file of version 1 is one table, of a device whose kind nobody asked Ray for."""
+        if not isinstance(content, dict) or content.get("schema_version") != 1:
+            return content
+        table = {name: value for name, value in content.items() if name not in ("schema_version", "study_hash")}
+        return {"schema_version": SCHEMA_VERSION, "study_hash": content.get("study_hash"), "tables": [table]}
+
+    def of(self, accelerator: str | None) -> DeviceTimes | None:
+        """The table of a trial's kind of device; None where there is none.
+
+        Args:
+            accelerator: as the journal has it. Where nobody wrote it or Ray did not know it, the only table is meant.
+        """
+        own = [table for table in self.tables if accelerator is not None and table.is_of(accelerator)]
+        if not own and not accelerator and len(self.tables) == 1:
+            return self.tables[0]
+        return own[0] if own else None
+
+    def covering(self, trials: Iterable[tuple[SearchSpace, str, Mapping[str, Any]]]) -> DeviceTimes | None:
+        """The first table that has a step of all these trials: of the kind of device in whose seconds budgets count.
+
+        Which trials of an arm meet a fast device is chance, and a budget must not depend on it.
+
+        Args:
+            trials: search space, workload and searched hyperparameters, as for `DeviceTimes.find`.
+        """
+        left = list(self.tables)
+        for space, workload, params in trials:
+            left = [table for table in left if table.find(space, workload, params) is not None]
+        return left[0] if left else None
+
+    def step_time(
+        self, space: SearchSpace, workload: str, params: Mapping[str, Any], accelerator: str | None
+    ) -> StepTime | None:
+        """Mean seconds of one of a trial's steps, alone on a device of its kind; None where it was not measured.
+
+        Arguments are those of `DeviceTimes.find` and of `of`.
+
+        Raises:
+            ValueError: the arm's rule refreshes and the trial does not say how often.
+        """
+        table = self.of(accelerator)
+        return None if table is None else table.step_time(space, workload, params)
 
 
 def cost_settings(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Scalar]:
@@ -186,15 +266,15 @@ def _choices(space: SearchSpace, name: str) -> Sequence[Scalar]:
     return parameter.choices if parameter.kind == "choice" else (parameter.low, parameter.high)
 
 
-def write_calibration(run: Path, table: Calibration) -> Path:
+def write_calibration(run: Path, calibration: Calibration) -> Path:
     """Write RUN/calibration.json whole, in place of an earlier one, and return its path."""
     with replacing(run / CALIBRATION) as partial:
-        partial.write_text(f"{table.model_dump_json(indent=2)}\n", encoding="utf-8")
+        partial.write_text(f"{calibration.model_dump_json(indent=2)}\n", encoding="utf-8")
     return run / CALIBRATION
 
 
 def read_calibration(run: Path, study_hash: str) -> Calibration | None:
-    """The table of a run; None where there is none.
+    """The tables of a run; None where there are none.
 
     Args:
         run: the run directory.
@@ -207,12 +287,29 @@ def read_calibration(run: Path, study_hash: str) -> Calibration | None:
     if not file.is_file():
         return None
     try:
-        table = Calibration.model_validate_json(file.read_bytes())
+        found = Calibration.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise RunError(f"{CALIBRATION}: {_first(error)}") from error
-    if table.study_hash != study_hash:
-        raise RunError(f"{CALIBRATION}: found times of study {table.study_hash[:12]}, allowed: {study_hash[:12]}")
-    return table
+    if found.study_hash != study_hash:
+        raise RunError(f"{CALIBRATION}: found times of study {found.study_hash[:12]}, allowed: {study_hash[:12]}")
+    return found
+
+
+def add_tables(run: Path, study_hash: str, tables: Sequence[DeviceTimes]) -> Calibration:
+    """Write tables into RUN/calibration.json, each in place of the one of its kind of device; returns all of them.
+
+    Raises:
+        RunError: as `read_calibration`.
+    """
+    before = read_calibration(run, study_hash)
+    found = before.tables if before else ()
+    for table in tables:
+        place = next((place for place, other in enumerate(found) if table.replaces(other)), len(found))
+        others = [other for other in found if not table.replaces(other)]
+        found = (*others[:place], table, *others[place:])
+    whole = Calibration(schema_version=SCHEMA_VERSION, study_hash=study_hash, tables=found)
+    write_calibration(run, whole)
+    return whole
 
 
 def _first(error: ValidationError) -> str:

@@ -101,6 +101,10 @@ class PerArmAsha(FIFOScheduler):
         """Trials that wait at a rung or in a pause of the run, as they are at any time; they need no place."""
         return self._waits.keys()
 
+    def waits_for_rung(self, trial_id: str) -> bool:
+        """Whether a trial waits until its rung decides; one in a pause of the run, or decided by now, does not."""
+        return self._waits.get(trial_id) is not None and self._fate(trial_id) is Fate.WAIT
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is at the end of Tune's list; one that is to begin anew comes there again."""
         name = trial.config["trial"]

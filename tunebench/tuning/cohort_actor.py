@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_copy import run_here, task_here
 from tunebench.tuning.reach import reached
 from tunebench.tuning.trial_log import LOGS, cohort_stall_file, log_to
+from tunebench.tuning.work_log import on_gpu
 from tunebench.workloads.data import graphs_folder
 from tunebench.workloads.errors import WorkloadError
 
@@ -104,13 +106,15 @@ class CohortActor:
             Refused: the workload cannot be trained.
         """
         self._events = asyncio.get_running_loop()
+        if task.device == "cuda":
+            log.warning("%s", on_gpu(self._number, os.environ.get("CUDA_VISIBLE_DEVICES", "0")))  # which Ray has set
         opened: int = await self._ordered(self._cohort.open, await self._here(task), slots, most, graphs_folder())
         log.warning("cohort %d is open for %s with %d slots", self._number, task.workload.name, opened)
         return opened
 
-    async def expect(self, trials: int) -> None:
-        """So many trials of the workload are still to come."""
-        self._cohort.submit(self._cohort.expect, trials)
+    async def expect(self, more: bool) -> None:
+        """Whether trials of the workload are still to come."""
+        self._cohort.submit(self._cohort.expect, more)
 
     async def join(self, task: TrialTask, tenant: Handle, visit: str) -> None:
         """Let a trial in; it is watched, and leaves if its tenant dies. Who asks again for a visit lets in nobody else.

@@ -31,6 +31,7 @@ from tunebench.engine.watchdog import Watchdog
 from tunebench.optim.realised import BrokenPromise
 from tunebench.study.record import Reason
 from tunebench.tuning.trial_log import log_to, trial_log
+from tunebench.tuning.work_log import WorkLog
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class CohortLoop:
     ) -> None:
         self._report, self._resized, self._broke, self._threads = report, resized, broke, threads
         self._watchdog = watchdog or Watchdog()
+        self._work_log = WorkLog()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cohort: Cohort | None = None
         self._tasks: dict[str, TrialTask] = {}
@@ -104,7 +106,7 @@ class CohortLoop:
         self._just_held: set[str] = set()
         self._outside: set[str] = set()
         self._reported: list[str] = []
-        self._coming = 0
+        self._coming = False
         self._stretch_s: float | None = None
         self._joined_at = -math.inf
         self._thread = threading.Thread(target=self._run, name="cohort", daemon=True)
@@ -157,9 +159,9 @@ class CohortLoop:
         self._cohort = Cohort(task, slots, cache=cache, watchdog=self._watchdog)
         return slots
 
-    def expect(self, trials: int) -> None:
-        """So many trials of the workload are still to come, here or to another cohort."""
-        self._coming = trials
+    def expect(self, more: bool) -> None:
+        """Whether trials of the workload are still to come, here or to another cohort."""
+        self._coming = more
 
     def join(self, task: TrialTask) -> None:
         """Let a trial in, or report again what its driver may have missed.
@@ -241,6 +243,8 @@ class CohortLoop:
         while True:
             left = self._time_left(since)
             self._watchdog.rest()
+            if left is None:
+                self._work_log.rest()
             try:
                 work = self._work.get(block=left != 0.0, timeout=left or None)
             except queue.Empty:
@@ -269,9 +273,10 @@ class CohortLoop:
                 cohort.go_on(name)
         self._reported = []
         self._just_held = set()
-        began, slots = time.monotonic(), cohort.slots
+        began, slots, before = time.monotonic(), cohort.slots, cohort.trial_steps
         reports = cohort.advance()
         self._stretch_s = time.monotonic() - began
+        self._work_log.worked(self._stretch_s, cohort.trial_steps - before)
         if cohort.slots != slots:
             self._resized(cohort.slots)
         for name, evaluation in reports:

@@ -12,7 +12,7 @@ from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.spec import InWords, StudyError
-from tunebench.study.step_times import Calibration, read_calibration, write_calibration
+from tunebench.study.step_times import DeviceTimes, add_tables, read_calibration
 
 Searched = Mapping[str, Sequence[Mapping[str, Any]]]
 """Searched hyperparameters of all configurations by arm name, in the order of the Sobol sequence."""
@@ -38,12 +38,12 @@ def budgets(
     run: Path,
     journal: JournalWriter,
     say: Callable[[str], None],
-    measure: Callable[[], Calibration],
+    measure: Callable[[], DeviceTimes],
 ) -> dict[str, Budget]:
     """Configurations and sentinels by arm name: all configurations, or as many as the cap pays for.
 
     What was decided once stays decided: the journal keeps it, whatever a later calibration measures. Where the run has
-    no step times yet, or not of all its settings, they are measured now.
+    no step times yet, or no kind of device has all its settings, they are measured now.
 
     Args:
         resolved: the study.
@@ -110,17 +110,19 @@ def _step_seconds(
     searched: Searched,
     arms: Sequence[ArmPlan],
     run: Path,
-    measure: Callable[[], Calibration],
+    measure: Callable[[], DeviceTimes],
 ) -> dict[str, list[float]]:
-    """Seconds of a step of every configuration, by arm name."""
-    table = read_calibration(run, resolved.hash)
-    if table is None or any(None in _of_arm(table, arm, searched) for arm in arms):
+    """Seconds of a step of every configuration, by arm name, all on one kind of device."""
+    found = read_calibration(run, resolved.hash)
+    configurations = [(arm.space, arm.workload.name, params) for arm in arms for params in searched[arm.name]]
+    table = found.covering(configurations) if found else None
+    if table is None:
         table = measure()
-        write_calibration(run, table)
+        add_tables(run, resolved.hash, [table])
     return {arm.name: _known(resolved, arm, _of_arm(table, arm, searched)) for arm in arms}
 
 
-def _of_arm(table: Calibration, arm: ArmPlan, searched: Searched) -> list[float | None]:
+def _of_arm(table: DeviceTimes, arm: ArmPlan, searched: Searched) -> list[float | None]:
     times = (table.step_time(arm.space, arm.workload.name, params) for params in searched[arm.name])
     return [None if time is None else time.median_s for time in times]
 

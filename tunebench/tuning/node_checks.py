@@ -18,7 +18,9 @@ from rich.console import Console
 from tunebench.study.errors import RunError
 from tunebench.study.run_copy import PROBES
 from tunebench.study.software import Software, differences, software
+from tunebench.study.spec import Resources
 from tunebench.study.storage import Storage, StorageError
+from tunebench.tuning.devices import Device, devices_of
 
 ANSWER_S = 120.0
 """Seconds within which a node answers; a process starts there, which takes some of them."""
@@ -45,6 +47,12 @@ class Verdict:
 def alive_nodes() -> list[Node]:
     """The nodes of the cluster that are there."""
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def devices_there(resources: Resources) -> list[Device]:
+    """The devices of the cluster on which a study trains, whether or not they are taken."""
+    device, threads = resources.device, resources.threads
+    return [each for node in alive_nodes() for each in devices_of(node["NodeID"], node["Resources"], device, threads)]
 
 
 def is_alive(node: Node) -> bool:

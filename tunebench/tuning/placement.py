@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -74,6 +75,7 @@ class Placement:
         self._cohorts: dict[int, _Cohort] = {}
         self._waiting: dict[str, _Applicant] = {}
         self._planned: dict[str, str] = {}
+        self._planned_of: Counter[str] = Counter()
         self._workloads: list[str] = []
         self._kinds: dict[str, str] = {}
 
@@ -82,6 +84,7 @@ class Placement:
     def plan(self, trials: Iterable[tuple[str, str]]) -> None:
         """Trials, with their workloads, that will ask for a place in this order; replaces those of before."""
         self._planned = dict(trials)
+        self._planned_of = Counter(self._planned.values())
         self._workloads += [name for name in dict.fromkeys(self._planned.values()) if name not in self._workloads]
 
     def bind(self, kinds: Mapping[str, str]) -> None:
@@ -90,7 +93,8 @@ class Placement:
 
     def wait(self, trial: str, workload: str, *, alone: bool = False) -> None:
         """A trial asks for a place, or for a cohort without any other trial."""
-        self._planned.pop(trial, None)
+        if trial in self._planned:
+            self._planned_of[self._planned.pop(trial)] -= 1
         self._waiting[trial] = _Applicant(workload, alone)
 
     def leave(self, trial: str) -> None:
@@ -145,7 +149,7 @@ class Placement:
     def company(self, workload: str) -> int:
         """Trials of a workload that are still to come and may share a cohort."""
         waiting = sum(applicant == _Applicant(workload, alone=False) for applicant in self._waiting.values())
-        return waiting + sum(name == workload for name in self._planned.values())
+        return waiting + self._planned_of[workload]
 
     def of(self, workload: str) -> list[int]:
         """Cohorts that train a workload or are being made ready for it."""

@@ -25,6 +25,7 @@ from tunebench.engine.watchdog import why_ended
 from tunebench.study.spec import Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.cohort_actor import CohortActor
+from tunebench.tuning.devices import Device, devices_of, most_frequent_first, waits_for_kind
 from tunebench.tuning.failures import node_is_gone, one_line
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_checks import Node, Standard, alive_nodes, on_node
@@ -40,28 +41,9 @@ _LOOK_AT_CLUSTER_S = 2.0
 _ASLEEP_S = 5.0  # after this time a device without work goes back, where others wait for devices
 _FAILED_STARTS = 3
 _FATE_S = 60.0
-_MODEL = "accelerator_type:"  # begins the resource by which Ray says what GPUs a node has
 _CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
 _USUAL_SLOTS = {"cpu": 8, "cuda": 32}  # of a cohort that has not said how many it has
 _MEASURED_FROM = {"cpu": 20_000, "cuda": 200_000}  # trial-steps to come; measuring slots takes as long as thousands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A GPU, or some cores of a node where trials train on CPUs.
-
-    Attributes:
-        node: Ray's id. index: among the node's devices.
-        kind: its model where Ray knows it, such as ``H200``.
-        cpus: what is reserved. threads: of a cohort's process.
-    """
-
-    node: str
-    index: int
-    cpus: int
-    gpus: int
-    threads: int
-    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +63,15 @@ class Fate:
 
 @dataclass
 class _Cohort:
-    """A cohort's actor on its device."""
+    """A cohort's actor on its device.
+
+    Attributes:
+        expects: whether it was told last that trials are to come.
+    """
 
     device: Device
     actor: Handle
+    expects: bool = False
     opened: bool = False
     leaving: bool = False
     asleep_since: float = math.inf
@@ -138,6 +125,7 @@ class Pool:
         self._events: list[str] = []
         self._alike = False
         self._kinds: dict[str, str] = {}
+        self._bound: dict[str, str] = {}
         self._watch = NodeWatch(standard, self._tell)
         self._keeps_log = log_to(run / LOGS / "pool.log")
         self._keeps_log.__enter__()
@@ -145,7 +133,11 @@ class Pool:
     # --- for the driver --------------------------------------------------------------------------------------------
 
     async def plan(
-        self, tasks: Mapping[str, TrialTask], others_wait: bool, kinds: Mapping[str, str] | None = None
+        self,
+        tasks: Mapping[str, TrialTask],
+        others_wait: bool,
+        kinds: Mapping[str, str] | None = None,
+        bound: Mapping[str, str] | None = None,
     ) -> None:
         """A stage begins: these trials will ask for places, and others may wait for the devices.
 
@@ -154,9 +146,10 @@ class Pool:
             others_wait: whether trials without a cohort wait for devices.
             kinds: where all trials of a workload are to train on one kind of device, the kind by workload as far as it
                 is known; the others get the kind of which there are most. None takes devices of every kind.
+            bound: kinds of device by workload of trials without a cohort, which Ray keeps to them.
         """
         self._tasks, self._others_wait = dict(tasks), others_wait
-        self._alike, self._kinds = kinds is not None, dict(kinds or {})
+        self._alike, self._kinds, self._bound = kinds is not None, dict(kinds or {}), dict(bound or {})
         self._placement.bind(self._kinds)
         self._placement.plan((name, task.workload.name) for name, task in tasks.items())
         if not self._looks:
@@ -270,19 +263,19 @@ class Pool:
     def _bind(self) -> None:
         """Give workloads whose trials are to train alike the kind of device of which there are most."""
         unbound = {task.workload.name for task in self._tasks.values()} - self._kinds.keys()
-        found = Counter(device.kind for device in self._found_devices())
+        found = most_frequent_first(device.kind for device in self._found_devices())
         if self._alike and unbound and found and self._watch.is_settled:
-            most = min(found, key=lambda kind: (-found[kind], kind))
-            self._kinds |= dict.fromkeys(unbound, most)
+            self._kinds |= dict.fromkeys(unbound, found[0])
             self._placement.bind(self._kinds)
 
     def _tell_of_missing_kinds(self) -> None:
+        if not self._watch.is_settled:
+            return
         there = {device.kind for device in self._found_devices()}
         waiting = {self._tasks[trial].workload.name for trial in self._placement.waiting()}
-        for workload in sorted(waiting & self._kinds.keys()):
-            kind = self._kinds[workload]
-            began = f"{workload}: its trials wait for a device of kind {kind}, on which their stage began"
-            event = f"{began} (rule F9; a study that waives it takes any)"
+        awaited = {workload: self._kinds[workload] for workload in waiting & self._kinds.keys()} | self._bound
+        for workload, kind in sorted(awaited.items()):
+            event = waits_for_kind(workload, kind)
             if kind not in there and event not in self._events:
                 self._tell(event)
 
@@ -443,8 +436,13 @@ class Pool:
         self._expect(self._tasks[trial].workload.name)
 
     def _expect(self, workload: str) -> None:
+        """Tell the cohorts of a workload whether trials are to come, where that has changed: it does twice or so."""
+        more = self._placement.company(workload) > 0
         for number in self._placement.of(workload):
-            self._cohorts[number].actor.expect.remote(self._placement.company(workload))
+            cohort = self._cohorts[number]
+            if cohort.expects != more:
+                cohort.expects = more
+                cohort.actor.expect.remote(more)
 
     def _refuse(self, trial: str, message: str) -> None:
         self._placement.leave(trial)
@@ -490,25 +488,3 @@ class Pool:
 
 def _stalled_here(run: Path, storage: Storage | None, number: int) -> str:
     return why_ended(cohort_stall_file(run_here(run, storage) / LOGS, number))
-
-
-def devices_of(node: str, resources: Mapping[str, float], kind: str, cpus: int) -> list[Device]:
-    """A node's devices: its GPUs where trials train on GPUs, else its cores.
-
-    Several cohorts with few cores each do more on a CPU than one with all of them: its operations are small, and the
-    threads that share one wait for each other, the longer the busier the node is.
-
-    Args:
-        node: Ray's id of the node.
-        resources: what Ray says the node has.
-        kind: ``cuda`` or ``cpu``.
-        cpus: cores of a cohort that trains on a CPU.
-    """
-    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    model = "+".join(sorted(n.removeprefix(_MODEL) for n in resources if n.startswith(_MODEL)))
-    if kind == "cpu":
-        count, share = cores // cpus, {"cpus": cpus, "gpus": 0, "threads": cpus}
-    else:
-        count, each = gpus, cores // gpus if gpus else 0
-        share = {"cpus": min(each, 1), "gpus": 1, "threads": max(each, 1)}
-    return [Device(node=node, index=index, kind=model, **share) for index in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError
@@ -27,7 +27,8 @@ _CALLS_AT_ONCE = 4096
 class PoolClient:
     """The pool of one run; its actor starts with the first trials for it and ends with the driver.
 
-    On a cluster that was joined it looks after the nodes as well, and starts with the first trials of any engine.
+    It looks after the nodes as well: on a cluster that was joined, and where trials without a cohort wait for a kind of
+    device, it starts with the first trials of any engine.
 
     Args:
         resources: what the study says of devices, slots and failures.
@@ -60,14 +61,19 @@ class PoolClient:
         return {}
 
     def plan(
-        self, tasks: Mapping[str, TrialTask], *, others_wait: bool, kinds: Mapping[str, str] | None = None
+        self,
+        tasks: Mapping[str, TrialTask],
+        *,
+        others_wait: bool,
+        kinds: Mapping[str, str] | None = None,
+        bound: Mapping[str, str] | None = None,
     ) -> None:
         """A stage begins with these trials of the cohort engine; arguments are those of `Pool.plan`."""
-        if self.actor is None and not tasks and not self._joined:
+        if self.actor is None and not (tasks or bound or self._joined):
             return
         if self.actor is None:
             self.actor = self._started()
-        ray.get(self.actor.plan.remote(dict(tasks), others_wait, kinds))
+        ray.get(self.actor.plan.remote(dict(tasks), others_wait, kinds, bound))
         self._asked_at = -_ASK_EVERY_S
 
     def look(self) -> None:
@@ -97,6 +103,10 @@ class PoolClient:
         self.look()
         return min(self._capacity, self._resources.concurrent_trials or self._capacity)
 
+    def others(self) -> int | None:
+        """Trials of other engines that can train at once; None where Ray's resources alone bound them."""
+        return self._resources.concurrent_trials
+
     def vacate(self, trial: str, visit: str) -> None:
         """Free the slot of a trial that waits at a rung or was stopped, without waiting for its process to notice."""
         if self.actor is not None:
@@ -116,6 +126,23 @@ class PoolClient:
         return actor_class.options(**options).remote(self._resources, self._run, self._storage, standard)
 
 
+class Room(Protocol):
+    """What a driver knows of the room for its trials."""
+
+    @property
+    def actor(self) -> Handle | None:
+        """The pool; None where no trial needs one."""
+
+    def capacity(self) -> int:
+        """Trials that can be in slots at once."""
+
+    def others(self) -> int | None:
+        """Trials of other engines that can train at once; None where Ray's resources alone bound them."""
+
+    def vacate(self, trial: str, visit: str) -> None:
+        """Free the slot of a trial."""
+
+
 class TrialQueue(BasicVariantGenerator):
     """Hands trials to Tune in their order: first as many tenants as there are slots, then the others.
 
@@ -128,42 +155,52 @@ class TrialQueue(BasicVariantGenerator):
     Args:
         trials: names of all trials.
         tenants: those of the cohort engine, which come first.
-        pool: knows how many slots there are.
-        others: upper bound on the other trials at once.
+        room: knows how many slots there are, and how many other trials may train at once.
         waiting: trials at a rung.
         closed: whether nothing new may start; it may end the run where nothing is left to wait for.
+        called: takes each trial as it is handed over, or is given a place again.
     """
 
     def __init__(
         self,
         trials: Sequence[str],
         tenants: Collection[str],
-        pool: PoolClient,
-        others: int | None,
+        room: Room,
         waiting: Callable[[], Collection[str]] = tuple,
         closed: Callable[[], bool] = lambda: False,
+        called: Callable[[str], None] = lambda trial: None,
     ) -> None:
         super().__init__(points_to_evaluate=[{"trial": name} for name in trials])
         self.param_space, self.num_samples = {"trial": None}, len(trials)
-        self._tenants, self._tenants_left = frozenset(tenants), len(tenants)
-        self._pool, self._others, self._waiting, self._closed = pool, others or 0, waiting, closed
+        self._tenants, self._tenants_left, self._left = frozenset(tenants), len(tenants), len(trials)
+        self._room, self._waiting, self._closed, self._called = room, waiting, closed, called
 
     def next_trial(self) -> Any:
         """The next trial, or None while its kind has no room or nothing may start."""
         if self._closed():
             return None
-        bound = self._pool.capacity() if self._tenants_left else self._others
-        self.max_concurrent = bound and bound + len(self._waiting())
+        bound = self._bound(tenant=self._tenants_left > 0) if self._left else None
+        if bound == 0:
+            return None
+        self.max_concurrent = bound + len(self._waiting()) if bound else 0  # for Tune's queue, 0 is no bound
         trial = super().next_trial()  # type: ignore[no-untyped-call]
-        if trial is not None and self._tenants_left:
-            self._tenants_left -= 1
+        if trial is not None:
+            self._left -= 1
+            self._tenants_left -= self._tenants_left > 0
+            self._called(trial.config["trial"])
         return trial
 
     def room_for(self, trial: str, active: Collection[str]) -> bool:
-        """Whether a trial that was promoted may take a place while these trials have one or wait for one."""
+        """Whether a trial that was promoted may take a place while these trials have one or wait for one; it does."""
         tenant = trial in self._tenants
-        bound = self._pool.capacity() if tenant else self._others
-        return not bound or sum((name in self._tenants) == tenant for name in active) < bound
+        bound = self._bound(tenant=tenant)
+        if bound is not None and sum((name in self._tenants) == tenant for name in active) >= bound:
+            return False
+        self._called(trial)
+        return True
+
+    def _bound(self, *, tenant: bool) -> int | None:
+        return self._room.capacity() if tenant else self._room.others()
 
     def save_to_dir(self, dirpath: str, session_str: str) -> None:  # type: ignore[override]
         """Nothing: a resumed run plans from the journal."""

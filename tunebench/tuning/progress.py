@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tunebench.engine.task import Evaluation
 from tunebench.study.record import Reason, Stage, TrialKey
 
 _LINE_EVERY_S = 10.0
@@ -85,9 +84,9 @@ class Progress:
         arm.waiting.add(key.trial_id)
         self._show()
 
-    def evaluated(self, key: TrialKey, evaluation: Evaluation) -> None:
-        """Take notice of an evaluation."""
-        self._better(self._arms[key.arm], evaluation.objective)
+    def evaluated(self, key: TrialKey, objective: float) -> None:
+        """Take notice of an objective that was measured."""
+        self._better(self._arms[key.arm], objective)
         self._show()
 
     def finished(self, key: TrialKey, reason: Reason) -> None:

@@ -9,6 +9,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,13 @@ from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.run_copy import RunCopy, has_run, named_storage
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import Sampler
-from tunebench.study.step_times import Calibration
+from tunebench.study.step_times import DeviceTimes
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.console_lines import say
 from tunebench.tuning.device_budget import Searched, budgets
 from tunebench.tuning.engine_choice import EngineChoice, choose_engines
+from tunebench.tuning.errand import Errand
 from tunebench.tuning.preparation import check_arms, initial_weights, prepare_workloads
 from tunebench.tuning.ray_environment import leaving_ray, set_ray_environment, terminate_like_interrupt
 from tunebench.tuning.retention import retention
@@ -46,6 +48,7 @@ from tunebench.workloads.stored_data import store_initial, store_prepared
 
 if TYPE_CHECKING:
     from tunebench.tuning.pool_client import PoolClient
+    from tunebench.tuning.shards import Shards
 
 _TPE_ROUNDS = 8
 
@@ -60,6 +63,7 @@ class RunOptions:
         extend: further configurations for every arm of a run that has begun.
         storage: address where all but the journal is kept, and the journal is copied to; None where the run directory
             lies on a disk that all nodes share, or the run has named a storage before.
+        drivers: processes that drive trials, each with whole arms; 1 for this process alone.
         properties: compute the properties that the study asks for; without, the run ends with its training.
     """
 
@@ -67,6 +71,7 @@ class RunOptions:
     address: str | None = None
     extend: int = 0
     storage: str | None = None
+    drivers: int = 1
     properties: bool = True
 
 
@@ -148,6 +153,7 @@ class _Run:
         self._arms = plan_arms(resolved)
         self._engines: dict[str, EngineChoice] = {}
         self._pool: PoolClient | None = None
+        self._shards: Shards | None = None
         self._boards = ArmBoards(options.run, self._arms, console)
         check_data(options.run, data)
         self._journal = JournalWriter(options.run)
@@ -178,23 +184,25 @@ class _Run:
 
     def confirm(self) -> None:
         """Confirm stage: the best configurations of every arm with fresh seeds, to the horizon, without stopping."""
-        records = self._journal.trials()
-        for arm in self._arms:
-            for record in best_configurations(records, arm.name, self._study.confirm.top_k):
-                for seed_index in range(self._study.confirm.seeds):
+        records, confirm = self._journal.trials(), self._study.confirm
+        with self._journal.batch():
+            for arm in self._arms:
+                best = best_configurations(records, arm.name, confirm.top_k)
+                for record, seed_index in product(best, range(confirm.seeds)):
                     key = arm.key(Stage.CONFIRM, record.key.config_index, seed_index)
                     self._plan(arm, key, record.params)
         self._run_stage(Stage.CONFIRM)
 
     def properties(self) -> None:
-        """Compute what the study asks of the confirm stage's models; the cohorts give their devices back first."""
+        """Compute what the study asks of the confirm stage's models; cohorts and drivers end before that."""
         if not self._study.properties or not self._options.properties:
             return
         set_ray_environment(self._options.address)
         from tunebench.tuning.property_tasks import run_properties  # imports Ray, which reads its environment now
 
-        if self._pool is not None:
-            self._pool.close()
+        for actors in (self._pool, self._shards):
+            if actors is not None:
+                actors.close()
         run_properties(self._resolved, self._journal.trials(), self._options, self._copy.storage, self._console)
 
     def _plan_sobol(self) -> None:
@@ -218,23 +226,22 @@ class _Run:
             self._say,
             lambda: self._measured(searched),
         )
-        for index in range(count):
-            for arm in self._arms:
+        with self._journal.batch():
+            for index, arm in product(range(count), self._arms):
                 if index < given[arm.name].count:
                     point = points[arm.workload.name][index]
                     own = {name: point[name] for name in arm.space.parameters}
                     params, sentinel = searched[arm.name][index], index in given[arm.name].sentinels
                     self._plan(arm, arm.key(Stage.TUNE, index, 0), params, own, sentinel=sentinel)
 
-    def _measured(self, searched: Searched) -> Calibration:
+    def _measured(self, searched: Searched) -> DeviceTimes:
         """Times of the steps that are searched, measured on a device of the kind that the trials will have."""
         set_ray_environment(self._options.address)
         from tunebench.tuning.step_measurement import measured_steps  # imports Ray, which reads its environment now
 
-        options = self._options
-        return measured_steps(
-            self._resolved, self._data, searched, options.run, options.address, self._console, self._storage
-        )
+        run, storage = self._options.run, self._storage
+        errand = Errand(resolved=self._resolved, data=self._data, searched=searched, run=run, storage=storage)
+        return measured_steps(errand, self._options.address, self._console)
 
     def _say(self, line: str) -> None:
         say(self._console, line)
@@ -282,6 +289,7 @@ class _Run:
             self._choose_engines({task.workload.name for task in tasks.values()})
             set_ray_environment(self._options.address)
             from tunebench.tuning.pool_client import PoolClient  # imports Ray, which reads its environment now
+            from tunebench.tuning.shards import Shards
             from tunebench.tuning.stage import run_stage
 
             self._pool = self._pool or PoolClient(
@@ -291,6 +299,7 @@ class _Run:
                 storage=self._storage,
                 say=self._say,
             )
+            self._shards = self._shards or Shards(self._options.run, self._options.drivers)
             run_stage(
                 self._resolved,
                 stage,
@@ -299,6 +308,7 @@ class _Run:
                 tasks,
                 self._engines,
                 self._pool,
+                self._shards,
                 self._copy,
                 self._journal,
                 self._boards,

@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune
 
 from tunebench.study.spec import Resources
+from tunebench.tuning.devices import share_of_kind
 
 _TENANT_BYTES = 128 * 2**20
 
@@ -24,15 +25,16 @@ class Shares:
 
     Attributes:
         alone: what is reserved for a trial that is no tenant.
-        trials: names of those.
+        kinds: names of those, with the kind of device that each has to have; empty where any will do.
     """
 
     alone: Mapping[str, float]
-    trials: frozenset[str]
+    kinds: Mapping[str, str]
 
     def __call__(self, config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         """What the trial that `config["trial"]` names needs."""
         share: dict[str, int | float] = {"memory": _TENANT_BYTES}
-        if config["trial"] in self.trials:
-            share = dict(self.alone)
+        kind = self.kinds.get(config["trial"])
+        if kind is not None:
+            share = {**self.alone, **share_of_kind(kind)}
         return tune.PlacementGroupFactory([share])

@@ -1,8 +1,7 @@
-"""One stage of a study as one Ray Tune run over a fixed list of trials."""
+"""One stage of a study: a Ray Tune run over a fixed list of trials, or several beside each other."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,35 +11,33 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from tunebench.engine.board import TrialBoard, write_experiment
-from tunebench.engine.task import Evaluation, TrialTask
+from tunebench.engine.board import write_experiment
+from tunebench.engine.task import TrialTask
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter
 from tunebench.study.plan import ArmPlan
-from tunebench.study.record import TENSORBOARD, Reason, Stage, TrialRecord
+from tunebench.study.record import Stage, TrialRecord
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.run_copy import RunCopy
 from tunebench.study.spec import Engine, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.arm_boards import ArmBoards
-from tunebench.tuning.asha import PerArmAsha, arm_ladders
+from tunebench.tuning.devices import most_frequent_first
+from tunebench.tuning.driver import TUNE, DriverWork, drive
+from tunebench.tuning.driver_log import log_driver
 from tunebench.tuning.engine_choice import EngineChoice
-from tunebench.tuning.node_checks import Standard, check_nodes
-from tunebench.tuning.orders import Orders
-from tunebench.tuning.pool_client import PoolClient, TrialQueue
+from tunebench.tuning.entries import Clerk
+from tunebench.tuning.node_checks import Standard, check_nodes, devices_there
+from tunebench.tuning.pool_client import PoolClient
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import terminate_like_interrupt
-from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.retention import retention
-from tunebench.tuning.shares import Shares, trial_resources
-from tunebench.tuning.tenancy import VISIT
-from tunebench.tuning.trainable import train_trial
-from tunebench.tuning.trial_log import LOGS
+from tunebench.tuning.shards import Shards
+from tunebench.tuning.shares import trial_resources
 
 if TYPE_CHECKING:
     from tunebench.tuning.runner import RunOptions
 
-_TUNE = ".tune"
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange files, not objects
 
 
@@ -52,6 +49,7 @@ def run_stage(
     tasks: Mapping[str, TrialTask],
     engines: Mapping[str, EngineChoice],
     pool: PoolClient,
+    shards: Shards,
     copy: RunCopy,
     journal: JournalWriter,
     boards: ArmBoards,
@@ -61,54 +59,44 @@ def run_stage(
     """Run `tasks`, the trials of `records` that have not ended, until each is closed in the journal.
 
     Trials of the cohort engine come first: their tenants wait for slots of `pool`, the others for Ray's resources.
-    Ctrl-C returns early with trials left open.
+    Where one driver is enough, this process is it. Ctrl-C returns early with trials left open.
     """
     study = resolved.study
     write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
-    rungs = {arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {}
-    keys = {record.key.trial_id: record.key for record in records}
     progress = Progress(options.run, stage, console)
     for record in records:
         progress.planned(record.key, record.reason, record.value)
-    names = {workload: choice.engine.value for workload, choice in engines.items()}
     join_ray(options.address, study.resources, options.run, copy.storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
+    names = {workload: choice.engine.value for workload, choice in engines.items()}
     tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     alike = stage is Stage.CONFIRM and "F9" not in study.waive
-    pool.plan(tenants, others_wait=bool(alone), kinds=_kinds(records) if alike else None)
-    # the queue and the scheduler each ask the other while the stage runs
-    orders = Orders(options.run)
-    queue = TrialQueue(
-        [*tenants, *alone], tenants, pool, study.resources.concurrent_trials, lambda: scheduler.waiting, orders.closed
+    begun = _kinds(records)
+    work = DriverWork(
+        name=stage.value,
+        run=options.run.resolve(),
+        storage=copy.storage,
+        records=records,
+        tenants=tenants,
+        alone=alone,
+        bound=_bound(alone, begun, study.resources) if alike else {},
+        engines=names,
+        rungs={arm.name: arm.rungs for arm in arms} if stage is Stage.TUNE else {},
+        asha=study.tune.asha,
+        fewest=study.confirm.top_k,
+        resources=study.resources,
     )
-    scheduler = PerArmAsha(
-        arm_ladders(study.tune.asha, rungs, records, study.confirm.top_k), keys.__getitem__, queue.room_for, orders.wish
-    )
-    recorder = Recorder(
-        journal,
-        scheduler,
-        keys,
-        retention(study.keep_checkpoints),
-        progress,
-        names,
-        left=lambda trial, result: pool.vacate(trial, result.get(VISIT, "")),
-        stopped=lambda key, last: _close_board(tasks[key.trial_id], last),
-        obey=orders.obey,
-        copy=copy,
-    )
-    trainable = _trainable(alone, pool, options.run, copy.storage, study.resources)
+    pool.plan(tenants, others_wait=bool(alone), kinds=begun if alike else None, bound=work.bound)
+    clerk, watching = Clerk(journal, progress, retention(study.keep_checkpoints), copy), Watching(boards, pool)
     with progress:
-        callbacks = [recorder, Watching(boards, pool)]
-        fit(trainable, queue, scheduler, callbacks, options.run, stage, study.resources)
-
-
-def _trainable(
-    alone: dict[str, TrialTask], pool: PoolClient, run: Path, storage: Storage | None, resources: Resources
-) -> Any:
-    trial = tune.with_parameters(train_trial, tasks=alone, pool=pool.actor, run=run.resolve(), storage=storage)
-    return tune.with_resources(trial, Shares(trial_resources(resources), frozenset(alone)))
+        works = shards.divided(work)
+        if len(works) == 1:
+            drive(work, pool, clerk.write, [watching])
+        else:
+            shards.run(works, pool, clerk.write, watching.look)
+    shutil.rmtree(options.run / TUNE, ignore_errors=True)
 
 
 def _kinds(records: list[TrialRecord]) -> dict[str, str]:
@@ -116,43 +104,22 @@ def _kinds(records: list[TrialRecord]) -> dict[str, str]:
     return {record.key.workload: record.device for record in records if record.device is not None}
 
 
+def _bound(tasks: Mapping[str, TrialTask], begun: Mapping[str, str], resources: Resources) -> dict[str, str]:
+    """Kinds of device, by workload, on which trials of the lightning engine train that are all to train on one.
+
+    That on which their workload has begun, else that of which the cluster has most. Ray cannot be asked for a kind that
+    it does not know, nor for one that is still to come: those trials train on any, and the report says so.
+    """
+    there = most_frequent_first(device.kind for device in devices_there(resources) if device.kind)
+    workloads = dict.fromkeys(task.workload.name for task in tasks.values())
+    found = {workload: begun.get(workload) or next(iter(there), "") for workload in workloads}
+    return {workload: kind for workload, kind in found.items() if kind}
+
+
 def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
     """One workload after the other: a device trains one at a time, and trials that wait for another fill no slot."""
     workloads = list(dict.fromkeys(task.workload.name for task in tasks.values()))
     return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
-
-
-def fit(
-    trainable: Any,
-    queue: TrialQueue,
-    scheduler: PerArmAsha,
-    callbacks: list[tune.Callback],
-    run: Path,
-    stage: Stage,
-    resources: Resources,
-) -> None:
-    """Hand the trials of a queue to Tune and return when all have ended; of Tune's own folder nothing is left then."""
-    storage = run.resolve() / _TUNE
-    tune.Tuner(
-        trainable,
-        param_space=queue.param_space,
-        tune_config=tune.TuneConfig(
-            num_samples=queue.num_samples,
-            scheduler=scheduler,
-            search_alg=queue,
-            reuse_actors=True,
-            trial_name_creator=_trial_id,
-            trial_dirname_creator=_trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=stage.value,
-            storage_path=str(storage),
-            verbose=0,
-            callbacks=callbacks,
-            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-        ),
-    ).fit()
-    shutil.rmtree(storage, ignore_errors=True)  # the journal, curves and logs hold all of it
 
 
 class Watching(tune.Callback):
@@ -166,22 +133,16 @@ class Watching(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show what is new, where it is time to."""
+        self.look()
+
+    def look(self) -> None:
+        """Show what is new, where it is time to.
+
+        Raises:
+            RunStopped: the pool has died.
+        """
         self._boards.show_when_due()
         self._pool.look()
-
-
-def _close_board(task: TrialTask, last: Evaluation) -> None:
-    """A stopped trial's process may be gone, and cannot tell a stop from a pause; its end is written here."""
-    folder = task.run / TENSORBOARD / task.key.trial_id
-    before = set(folder.glob("events.*"))
-    TrialBoard(task.run, task.key, task.hyperparameters, last.step).close(last, Reason.STOPPED_ASHA)
-    if task.storage is not None:
-        for file in set(folder.glob("events.*")) - before:
-            task.storage.put(file.relative_to(task.run).as_posix(), file)
-
-
-def _trial_id(trial: Any) -> str:
-    return str(trial.config["trial"])
 
 
 def join_ray(address: str | None, resources: Resources, run: Path, storage: Storage | None, console: Console) -> None:
@@ -192,7 +153,7 @@ def join_ray(address: str | None, resources: Resources, run: Path, storage: Stor
     Raises:
         RunError: a node of the cluster runs other software than this process, or does not share the run's storage.
     """
-    _quiet(run)
+    log_driver(run)
     if ray.is_initialized():
         return
     environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
@@ -227,21 +188,3 @@ def check_fit(resources: Resources, *, waits: bool, console: Console) -> None:
     if not waits:
         raise RunError(f"this machine: found {found}, allowed: {allowed}")
     console.print(f"waiting for {allowed}; the cluster has {found}", style="yellow", highlight=False, soft_wrap=True)
-
-
-class _DriverLog(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: where the disk is full the run says so itself, and a log cannot."""
-
-
-def _quiet(run: Path) -> None:
-    """Ray's and Tune's own messages go to logs/driver.log, not to the screen."""
-    (run / LOGS).mkdir(parents=True, exist_ok=True)
-    handler = _DriverLog(run / LOGS / "driver.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("ray", "ray.tune"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-    # it looks for Tune's own result files, which this run does not write
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)

@@ -7,16 +7,19 @@ a trial depends on is set from its task, and the engine leaves no state that the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 
 from tunebench.engine.watchdog import Watchdog
 from tunebench.study.storage import Storage
+from tunebench.tuning.devices import kind_of_node
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_copy import run_here, task_here
-from tunebench.tuning.tenancy import for_tune, rent
+from tunebench.tuning.tenancy import DEVICE, for_tune, rent
 from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
 if TYPE_CHECKING:
@@ -41,13 +44,13 @@ def train_trial(
     """
     name = config["trial"]
     if name in tasks:
-        _train_alone(tasks[name])
+        _train_alone(tasks[name], _kind_here(tasks[name].device))
     else:
         assert pool is not None
         rent(name, pool, run_here(run, storage))
 
 
-def _train_alone(task: TrialTask) -> None:
+def _train_alone(task: TrialTask, kind: str) -> None:
     from tunebench.engine.book import REPEATABLE, crashed  # imports torch and NequIP in the trial's process only
     from tunebench.engine.lightning import run_trial
     from tunebench.engine.trial_files import TrialFiles
@@ -59,7 +62,7 @@ def _train_alone(task: TrialTask) -> None:
 
         def report(evaluation: Evaluation) -> None:
             watchdog.rest()  # the driver may take its time
-            _report(evaluation)
+            _report(evaluation, kind)
             watchdog.beat()
 
         watchdog.prepare()
@@ -72,6 +75,15 @@ def _train_alone(task: TrialTask) -> None:
             files.forget()
 
 
-def _report(evaluation: Evaluation) -> None:
+def _report(evaluation: Evaluation, kind: str) -> None:
     """Report to Tune, which raises SystemExit here where the scheduler stops the trial."""
-    tune.report(for_tune(evaluation.to_plain()))
+    tune.report({**for_tune(evaluation.to_plain()), DEVICE: kind})
+
+
+@cache
+def _kind_here(device: str) -> str:
+    """Kind of this node's devices."""
+    from tunebench.tuning.node_checks import alive_nodes  # imports what a tenant does without
+
+    own = ray.get_runtime_context().get_node_id()
+    return next(kind_of_node(node["Resources"], device) for node in alive_nodes() if node["NodeID"] == own)
