@@ -12,6 +12,7 @@ from tests.workloads.trained_files import model_section, write_checkpoint, write
 from tunebench.study.initial import Initial
 from tunebench.study.record import Split
 from tunebench.study.spec import ExtxyzData, Model, SplitFrames
+from tunebench.workloads import starting_point as starting_points
 from tunebench.workloads import type_rows
 from tunebench.workloads.data import CACHE_VARIABLE, PreparedData, prepare
 from tunebench.workloads.errors import WorkloadError
@@ -124,6 +125,21 @@ def test_energies_are_corrected_by_least_squares_of_what_the_model_leaves_over(w
     assert start.about["energy_rmse_ev_per_atom"] == pytest.approx(np.std(labels - energy) / 9, rel=1e-4)
     assert start.about["energy_rmse_before_ev_per_atom"] > 10.0
     assert start.about["note"].startswith("1 independent compositions for 3 species")
+
+
+def test_large_structures_are_predicted_one_by_one_for_want_of_memory(write_base, prepared_ethanol, monkeypatch):
+    path, _ = write_base()
+    together = start_of(path, prepared_ethanol)
+    monkeypatch.setattr(starting_points, "_BATCH_EDGES", 1)
+    monkeypatch.setenv(CACHE_VARIABLE, str(path.parent / "another cache"))
+    forget()
+    begun: list[int] = []
+    batched = starting_points._batched
+    monkeypatch.setattr(starting_points, "_batched", lambda frames: begun.append(len(frames)) or batched(frames))
+    alone = start_of(path, prepared_ethanol)
+    assert set(begun) == {1}
+    assert len(begun) > prepared_ethanol.splits[Split.TRAIN].frames
+    assert alone.about["energy_rmse_ev_per_atom"] == pytest.approx(together.about["energy_rmse_ev_per_atom"], rel=1e-4)
 
 
 def test_new_species_are_refused_unless_their_weights_may_be_random(write_base, prepared_ethanol):

@@ -42,6 +42,7 @@ Array = NDArray[np.float64]
 # The same weights in the same operations; what is left is the rounding of two versions of a library.
 _TOLERANCE = {"float32": 1e-3, "float64": 1e-8}
 _COMPARED_FRAMES, _BATCH_FRAMES = 2, 32
+_BATCH_EDGES = 10_000  # Allegro's tensor product takes 70 kB of memory an edge; one frame may have more
 _SMALL = 0.1  # eV/Å: forces of a perfect crystal are rounding
 
 
@@ -279,8 +280,7 @@ def _check_alike(
 
 
 def _outputs(model: torch.nn.Module, frame: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    batch = AtomicDataDict.batched_from_list([{key: value.clone() for key, value in frame.items()}])
-    found = model.eval()(batch)
+    found = model.eval()(_batched([frame]))
     return {key: found[key].detach() for key in (AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.FORCE_KEY)}
 
 
@@ -319,9 +319,22 @@ def _energies(model: torch.nn.Module, frames: PreparedFrames) -> Array:
 
 
 def _batches(frames: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    for first in range(0, len(frames), _BATCH_FRAMES):
-        chosen = frames[first : first + _BATCH_FRAMES]
-        yield AtomicDataDict.batched_from_list([{key: value.clone() for key, value in f.items()} for f in chosen])
+    """Frames in their order, no more of them and of their edges in a batch than memory holds."""
+    chosen: list[Mapping[str, torch.Tensor]] = []
+    for frame in frames:
+        edges = sum(one[AtomicDataDict.EDGE_INDEX_KEY].shape[1] for one in (*chosen, frame))
+        if chosen and (len(chosen) == _BATCH_FRAMES or edges > _BATCH_EDGES):
+            yield _batched(chosen)
+            chosen = []
+        chosen.append(frame)
+    if chosen:
+        yield _batched(chosen)
+
+
+def _batched(frames: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    copies = [{key: value.clone() for key, value in frame.items()} for frame in frames]
+    batch: dict[str, torch.Tensor] = AtomicDataDict.batched_from_list(copies)
+    return batch
 
 
 # --- kept ------------------------------------------------------------------------------------------------------------
