@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tunebench.optim.captured import garbage_kept
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all it was given; a CPU always has."""
@@ -49,22 +51,10 @@ class Replayed:
         else:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with _garbage_kept(), _workspaces_of_its_own(), torch.cuda.graph(graph):
+            with garbage_kept(), _workspaces_of_its_own(), torch.cuda.graph(graph):
                 self._call()
             self._graph = graph
             graph.replay()
-
-
-@contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Nothing that only refers to itself is deleted within: a graph among it would be destroyed, and so the capture."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

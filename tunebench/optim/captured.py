@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -81,7 +83,7 @@ class CapturedStep:
     def _capture(self, live: Sequence[str], state: Tensors, hyper: Hyper, phase: Phase) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with garbage_kept(), torch.cuda.graph(graph):
             self._update(live, state, hyper, phase)
         return graph
 
@@ -98,3 +100,18 @@ class CapturedStep:
         named = packing.unpack(weights)
         torch._foreach_copy_([self._parameters[name] for name in live], [named[name] for name in live])
         kept.result()
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Nothing that only refers to itself is deleted within, while a graph is captured.
+
+    A dead graph among it would be destroyed, which ends the capture.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
