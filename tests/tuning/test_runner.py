@@ -17,7 +17,7 @@ from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.search_space import SearchSpace
-from tunebench.study.step_times import write_calibration
+from tunebench.study.step_times import add_tables
 from tunebench.tuning.runner import RunOptions, run_study
 
 SPENT = {"steps": 12, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
@@ -35,9 +35,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         run, said = tmp_path / "run", io.StringIO()
         resolved = load_run(run) if (run / "journal.log").exists() else resolve(write_study(tmp_path, **changes))
         if "tune" in changes and changes["tune"].get("device_seconds_per_arm"):
-            calibration = table(solo_step("adamw", [1.0]), solo_step("schedule_free", [2.5]))
             run.mkdir(exist_ok=True)
-            write_calibration(run, calibration.model_copy(update={"study_hash": resolved.hash}))
+            add_tables(run, resolved.hash, [table(solo_step("adamw", [1.0]), solo_step("schedule_free", [2.5]))])
         run_study(resolved, RunOptions(run=run, extend=extend), Console(file=said, width=200))
         return said.getvalue()
 

@@ -65,8 +65,8 @@ def test_a_process_of_the_lightning_engine_that_hangs_in_a_step_is_ended(make_ta
     (tmp_path / "task").write_bytes(pickle.dumps(task))
     script = (
         f"{HANGS}\nfrom pathlib import Path; import pickle; from tunebench.tuning import trainable\n"
-        "trainable._report = lambda evaluation: None\n"
-        "trainable._train_alone(pickle.loads(Path(sys.argv[1]).read_bytes()))\n"
+        "trainable._report = lambda evaluation, kind: None\n"
+        "trainable._train_alone(pickle.loads(Path(sys.argv[1]).read_bytes()), '')\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "task"], timeout=300, check=False)
     assert done.returncode == 1
