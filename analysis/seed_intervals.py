@@ -102,6 +102,12 @@ def bounds(of: Estimate, confidence: float = CONFIDENCE) -> tuple[Floats, Floats
     return low.astype(np.float64), high.astype(np.float64)
 
 
+def interval_of(of: Estimate) -> Interval:
+    """The 95 % interval of one number, of shape ()."""
+    low, high = bounds(of)
+    return Interval(low=float(low), high=float(high))
+
+
 def ends(of: Estimate, differences: Floats, bounded: Estimate) -> tuple[Floats, Floats]:
     """Ends of 95 % intervals of paired differences, each of shape (...), with a way out where failures leave no error.
 
@@ -158,8 +164,7 @@ def seed_interval(values: Floats) -> Interval | None:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < MINIMUM_RUNS:
         return None
-    low, high = bounds(estimate(values))
-    return Interval(low=float(low), high=float(high))
+    return interval_of(estimate(values))
 
 
 @lru_cache(maxsize=256)

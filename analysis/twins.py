@@ -13,7 +13,7 @@ from analysis.load import Run
 from analysis.model_metrics import model_metrics, unmeasured
 from analysis.property_values import QuantityValues, quantity_values
 from analysis.ranking import Ranking, WorkloadRanking
-from analysis.seed_intervals import Estimate, bounds, estimate, p_value, widened
+from analysis.seed_intervals import Estimate, estimate, interval_of, p_value, widened
 from analysis.statistics import MINIMUM_RUNS, Floats, Interval
 from analysis.workload_tests import holm
 from tunebench.study.record import Metric, Split
@@ -139,7 +139,7 @@ def _error(name: str, unit: str, optimizer: str, tuned: Seeds, scratch: Seeds) -
         tuned=level_of(ours),
         scratch=level_of(theirs),
         difference=None if difference is None else float(difference.centre),
-        interval=None if difference is None else _interval(difference),
+        interval=None if difference is None else interval_of(difference),
         p=None if difference is None else float(p_value(difference)),
     )
 
@@ -152,11 +152,6 @@ def _difference(first: Floats, second: Floats) -> Estimate | None:
     apart = widened(own, np.square(other.error), float(other.degrees))
     centre = own.centre - other.centre if np.isfinite(own.centre) and np.isfinite(other.centre) else None
     return None if centre is None or not np.isfinite(apart.error) else replace(apart, centre=np.asarray(centre))
-
-
-def _interval(of: Estimate) -> Interval:
-    low, high = bounds(of)
-    return Interval(low=float(low), high=float(high))
 
 
 def _values(tuned: Sequence[QuantityValues], scratch: Sequence[QuantityValues]) -> Iterator[TwinValue]:

@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import throughput
 import torch
 
+from benchmarks import throughput
 from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.modules import trial_module

@@ -268,12 +268,9 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
     journal = plan_trials(run, arms, resolved)
     records = read_trials(run)
     keys = {record.key.trial_id: record.key for record in records}
-    progress = Progress(run, Stage.TUNE, console)
-    for record in records:
-        progress.planned(record.key, None, None)
-    rungs = {arm.name: arm.rungs for arm in arms}
+    progress = Progress.of(run, Stage.TUNE, console, records)
     scheduler = PerArmAsha(
-        arm_ladders(resolved.study.tune.asha, rungs, records, 1),
+        arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1),
         keys.__getitem__,
         lambda *given: queue.room_for(*given),
     )
@@ -301,7 +298,6 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
             controller.step()
             watch.look(len(controller.get_trials()))
     latencies = {decides: _percentiles(found) for decides, found in below.latencies.items()}
-    decided = sum(map(len, below.latencies.values()))
     return Outcome(
         drivers=drivers,
         gpus=load.gpus,
@@ -309,7 +305,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         begun=len(controller.get_trials()),
         ended=sum(trial.is_finished() for trial in controller.get_trials()),
         events=len(below.futures),
-        reports=decided,
+        reports=sum(map(len, below.latencies.values())),
         simulated_s=clock.now,
         driver_s=clock.busy_s,
         ramp_s=watch.ramp_s,

@@ -190,9 +190,7 @@ def ours(run: Path, trials: int, drivers: int = 1) -> Cost:
     write_experiment(run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
     journal = plan_trials(run, arms, resolved)
     work = _work(run, arms, read_trials(run), resolved)
-    progress = Progress(run, Stage.TUNE, console)
-    for record in work.records:
-        progress.planned(record.key, None, None)
+    progress = Progress.of(run, Stage.TUNE, console, work.records)
     clerk, meter = Clerk(journal, progress, lambda key: True, RunCopy(run, None)), Meter()
     pool = PoolClient(work.resources, run)
     watching = Watching(ArmBoards(run, arms, console), pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tunebench.study.record import Reason, Stage, TrialKey
+from tunebench.study.record import Reason, Stage, TrialKey, TrialRecord
 
 _LINE_EVERY_S = 10.0
 
@@ -45,6 +46,14 @@ class Progress:
         self._arms: dict[str, _ArmCount] = {}
         self._began = self._printed = time.monotonic()
         self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
+
+    @classmethod
+    def of(cls, run: Path, stage: Stage, console: Console, records: Iterable[TrialRecord]) -> Progress:
+        """With the trials of the stage as they stand."""
+        progress = cls(run, stage, console)
+        for record in records:
+            progress.planned(record.key, record.reason, record.value)
+        return progress
 
     def __enter__(self) -> Progress:
         """Start the live view on a terminal."""

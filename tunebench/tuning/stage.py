@@ -63,9 +63,7 @@ def run_stage(
     """
     study = resolved.study
     write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
-    progress = Progress(options.run, stage, console)
-    for record in records:
-        progress.planned(record.key, record.reason, record.value)
+    progress = Progress.of(options.run, stage, console, records)
     join_ray(options.address, study.resources, options.run, copy.storage, console)
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
