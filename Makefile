@@ -24,7 +24,7 @@ finetune-quickstart: $(INSTALLED)
 	$(BIN)/tunebench run studies/finetune-quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,19 +5,21 @@ orthonormalises by Cholesky factorisations, which are batched, and judges the ou
 
 A gradient of (8, 64) gives a factor of rank 8 and leaves 56 eigenvectors undefined; libraries take whatever round-off
 makes of them, and two runs of one seed part from the first step. Here they are defined, so that a run does not depend
-on the size of the batch it is computed in, on the units of the loss, or on the machine.
+on the size of the batch it is computed in, on the units of the loss, or on the machine. Factors come in float64
+whatever the weights are in: a step of SOAP is as long along one eigenvector as along any other, and of a factor in
+float32 those of eigenvalues near 1e-6 of the largest are known to a tenth. In float64 they are known as well as the
+gradients are, and two runs of a float32 trial that differ by rounding stay together a thousand times longer.
 """
 
 from __future__ import annotations
 
 import torch
 
-# The eigenvector of an eigenvalue below this share of the largest counts as undefined. In float32 the eigenvalue is
-# round-off of the stored factor. In float64 the vector is known to 1e-7 at best: a first step of SOAP is as long along
-# it as along any other, and would make two runs of one seed part at once.
-_NULL = {torch.float64: 1e-9, torch.float32: 1e-6}
+# The eigenvector of an eigenvalue below this share of the largest counts as undefined. At a thousandth of the largest
+# singular value the round-off of a float32 gradient turns a vector by 1e-4, and that of a float64 factor by 1e-10.
+_NULL = 1e-6
 
-# Share of the largest eigenvalue that is added to all for a refresh.
+# Share of the largest eigenvalue that is added to all for a refresh, by the dtype of the basis.
 _LIFT = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 # Cholesky passes for columns of the condition number that lifting the null space to this share leaves.
@@ -42,23 +44,23 @@ def eigenbasis(factor: torch.Tensor) -> torch.Tensor:
     CUDA this waits for the device and may go through the batch one by one: for first steps only.
 
     Args:
-        factor: symmetric, shape (..., d, d), float32 or float64.
+        factor: symmetric, shape (..., d, d), float64.
 
     Returns:
-        Orthonormal columns, shape and dtype of `factor`.
+        Orthonormal columns, same shape, float64.
     """
     size = factor.shape[-1]
     usable = (factor.isfinite().all(-1).all(-1) & (factor != 0).any(-1).any(-1))[..., None, None]
     identity = torch.eye(size, dtype=torch.float64, device=factor.device)
-    wide = torch.where(usable, factor.to(torch.float64), identity)
-    values, vectors = torch.linalg.eigh(wide / wide.abs().amax((-2, -1), keepdim=True))
-    null = (values <= _NULL[factor.dtype] * values[..., -1:]).to(torch.float64)
+    live = torch.where(usable, factor, identity)
+    values, vectors = torch.linalg.eigh(live / live.abs().amax((-2, -1), keepdim=True))
+    null = (values <= _NULL * values[..., -1:]).to(torch.float64)
     ramp = torch.arange(size, 0, -1, dtype=torch.float64, device=factor.device)
     restricted = (vectors.mT * ramp) @ vectors * null.unsqueeze(-1) * null.unsqueeze(-2)
     # Above the ramp, and distinct, so that the others keep their places.
     others = (size + 1 + ramp.flip(0)) * (1 - null)
     turns = torch.linalg.eigh(restricted + torch.diag_embed(others)).eigenvectors
-    return torch.where(usable, (vectors @ turns).flip(-1), identity).to(factor.dtype)
+    return torch.where(usable, (vectors @ turns).flip(-1), identity)
 
 
 def power_iteration(factor: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,27 +72,27 @@ def power_iteration(factor: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Te
     fails (its factor is not finite) keeps its sorted basis.
 
     Args:
-        factor: symmetric S, shape (..., d, d), float32 or float64.
-        basis: orthonormal columns Q, same shape.
+        factor: symmetric S, shape (..., d, d), float64.
+        basis: orthonormal columns Q, same shape, float32 or float64.
 
     Returns:
-        The new basis, of `factor`'s dtype, and the order (..., d) in which the old columns were taken, int64.
+        The new basis, of `basis`'s dtype, and the order (..., d) in which the old columns were taken, int64.
     """
-    wide, old = factor.to(torch.float64), basis.to(torch.float64)
-    moved = wide @ old
+    old = basis.to(torch.float64)
+    moved = factor @ old
     quotients = (old * moved).sum(-2)
     largest = quotients.abs().amax(-1, keepdim=True)
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
     columns = order.unsqueeze(-2).expand(old.shape)
     old, moved = old.gather(-1, columns), moved.gather(-1, columns)
     # The lift only keeps the null space in the span of the columns; what round-off makes of it is replaced below.
-    lift = (_LIFT[factor.dtype] * largest).masked_fill(largest == 0, 1.0).unsqueeze(-2)
-    passes = _PASSES[factor.dtype]
+    lift = (_LIFT[basis.dtype] * largest).masked_fill(largest == 0, 1.0).unsqueeze(-2)
+    passes = _PASSES[basis.dtype]
     found, _ = orthonormalise(moved + lift * old, passes)
-    live = ((found * (wide @ found)).sum(-2) > _NULL[factor.dtype] * largest).unsqueeze(-2)
+    live = ((found * (factor @ found)).sum(-2) > _NULL * largest).unsqueeze(-2)
     span = found * live
     found, sound = orthonormalise(torch.where(live, found, old - span @ (span.mT @ old)), passes)
-    return torch.where(sound[..., None, None], found, old).to(factor.dtype), order
+    return torch.where(sound[..., None, None], found, old).to(basis.dtype), order
 
 
 def orthonormalise(matrix: torch.Tensor, passes: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,9 @@
 
 A block of matrices G has a factor for its rows, the sum of G G^T over its matrices, and one for its columns, the sum
 of G^T G (SOAP, arXiv:2409.11321, section 4). Factors of one dimension are stacked over all buckets, so whatever is done
-to them is one batched call per dimension. Float32 products must not be shortened to TF32, which would mix the columns
-of a basis: whoever runs a rule on CUDA keeps `torch.backends.cuda.matmul.allow_tf32` off.
+to them is one batched call per dimension. They are summed and kept in float64, see `eigenbasis`; bases have the
+weights' dtype. Rotations in float32 must not be shortened to TF32, which would mix the columns of a basis: whoever runs
+a rule on CUDA keeps `torch.backends.cuda.matmul.allow_tf32` off.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Factors:
         sides: which axes are rotated at all.
 
     Attributes:
-        groups: shape (matrices, d, d) and dtype of each stack, by `dtype/d`.
+        groups: shape (matrices, d, d) and the weights' dtype of each stack, by `dtype/d`.
 
     Raises:
         ValueError: matrices of another dtype than float32 or float64.
@@ -83,11 +84,11 @@ class Factors:
         return Side(group, start, start + count)
 
     def zeros(self, device: torch.device) -> Tensors:
-        """A stack of zeros per group."""
-        return {group: torch.zeros(shape, dtype=dtype, device=device) for group, (shape, dtype) in self.groups.items()}
+        """A stack of factors per group, all zero."""
+        return {group: torch.zeros(s, dtype=torch.float64, device=device) for group, (s, _) in self.groups.items()}
 
     def identities(self, device: torch.device) -> Tensors:
-        """A stack of identity matrices per group."""
+        """A stack of bases per group, all the identity."""
         return {
             group: torch.eye(shape[-1], dtype=dtype, device=device).repeat(shape[0], 1, 1)
             for group, (shape, dtype) in self.groups.items()
@@ -95,10 +96,11 @@ class Factors:
 
     def grams(self, grads: Mapping[str, torch.Tensor]) -> Tensors:
         """The gradients' own factors, a stack per group; `grads` is one vector per segment."""
+        wide = {segment: grads[segment].to(torch.float64) for segment in dict.fromkeys(name for name, _ in self._axes)}
         sides: list[Side] = []
         products: list[Callable[[], torch.Tensor]] = []
         for (segment, bucket), (rows, cols) in self._axes.items():
-            grad = bucket.of(grads[segment])
+            grad = bucket.of(wide[segment])
             if rows is not None:
                 sides.append(rows)
                 products.append(partial(_rows_gram, grad))

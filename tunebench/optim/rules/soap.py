@@ -125,8 +125,8 @@ class Soap:
     def init(self, params: Tensors) -> Tensors:
         """State before the first step.
 
-        `exp_avg/segment` and `exp_avg_sq/segment` (numel,), the latter in the eigenbasis; `factor/dtype/d` and
-        `basis/dtype/d` (matrices, d, d).
+        `exp_avg/segment` and `exp_avg_sq/segment` (numel,), the latter in the eigenbasis; `factor/dtype/d`,
+        float64, and `basis/dtype/d` (matrices, d, d).
         """
         device = next(iter(params.values())).device
         moments = {f"{moment}/{s}": torch.zeros_like(params[s]) for moment in ("exp_avg", "exp_avg_sq") for s in params}
@@ -220,7 +220,7 @@ class Soap:
         for (group, factor), (basis, order) in zip(factors.items(), refreshed, strict=True):
             basis = torch.where(due, basis, bases[group])
             if phase is Phase.START:
-                basis = torch.where(step == 1, eigenbasis(factor), basis)
+                basis = torch.where(step == 1, eigenbasis(factor).to(basis.dtype), basis)
             bases[group] = basis
             orders[group] = torch.where(due, order, torch.arange(order.shape[-1], device=order.device))
         return factors, bases, orders
