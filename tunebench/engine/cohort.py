@@ -344,7 +344,7 @@ class Cohort:
                 members = {member.slot for member in group.occupied()} & steps.keys()
                 if members:
                     with self._lanes.lane():  # groups share no row but the spare one, whose content nobody reads
-                        group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phase(steps))
+                        group.update(rows.weights, rows.grads, rows.steps, rows.factors, group.phases(steps))
                     moved |= members
         except torch.OutOfMemoryError as error:  # kept alive it would keep the memory of the frames it went through
             shortage = _first_line(error)

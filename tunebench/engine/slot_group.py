@@ -1,8 +1,12 @@
-"""The slots of a cohort whose trials follow one update rule: one vmapped update for all of them."""
+"""The slots of a cohort whose trials follow one update rule: one vmapped update for all of them.
+
+What few steps of a trial need, new bases of SOAP, is done for the trials that are due and no others: with periods drawn
+between 1 and 100 some slot of 32 is due at nearly every step, and seven are on average.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -13,7 +17,7 @@ from torch.func import vmap
 from tunebench.engine.graphs import Replayed
 from tunebench.engine.row_mask import RowMask
 from tunebench.optim.packing import Packing, Tensors
-from tunebench.optim.rule import Phase, UpdateRule
+from tunebench.optim.rule import Phase, Renewal, UpdateRule, renewal_of
 
 Flat = dict[torch.dtype, torch.Tensor]
 """One matrix (rows, weights) per dtype; each row holds all weights of a slot, sorted by name."""
@@ -73,6 +77,8 @@ class SlotGroup:
         self._hyper = {name: torch.ones(capacity, dtype=torch.float64, device=device) for name in names}
         self._state: Tensors = {}
         self._replayed: dict[Phase, Replayed] = {}
+        self._renewal = renewal_of(rule)
+        self._refreshes: dict[int, _Refresh] = {}
 
     @property
     def capacity(self) -> int:
@@ -134,12 +140,17 @@ class SlotGroup:
         """Only these slots change from now on."""
         self._stepping.set([member is not None and member.slot in slots for member in self.members])
 
-    def phase(self, steps: Mapping[int, int]) -> Phase:
-        """What the next step needs, given the number of the step that each stepping slot is to make."""
-        phases = [self.rule.phase(steps[m.slot], m.hyper) for m in self.occupied() if m.slot in steps]
-        return max(phases, key=_ORDER.index, default=Phase.PLAIN)
+    def phases(self, steps: Mapping[int, int]) -> dict[int, Phase]:
+        """What the next step of each row needs, given the number of the step that each stepping slot is to make."""
+        return {
+            row: self.rule.phase(steps[member.slot], member.hyper)
+            for row, member in enumerate(self.members)
+            if member is not None and member.slot in steps
+        }
 
-    def update(self, weights: Flat, grads: Flat, steps: torch.Tensor, factors: torch.Tensor, phase: Phase) -> None:
+    def update(
+        self, weights: Flat, grads: Flat, steps: torch.Tensor, factors: torch.Tensor, phases: Mapping[int, Phase]
+    ) -> None:
         """One step of the stepping slots, in place, as a CUDA graph where there is one.
 
         Args:
@@ -147,15 +158,45 @@ class SlotGroup:
             grads: gradients, likewise; they have no row for the spare one.
             steps: finished steps of every row of the weights, int64.
             factors: what the schedule makes of each row's learning rate in this step, float64.
-            phase: from `phase`.
+            phases: from `phases`.
         """
+        phase = Phase.PLAIN if self._renewal else max(phases.values(), key=_ORDER.index, default=Phase.PLAIN)
         call = partial(self._update, weights, grads, steps, factors, phase)
         if phase is Phase.START:  # eigendecompositions wait for the device
             call()
-            return
-        if phase not in self._replayed:
-            self._replayed[phase] = Replayed(call, self._slots.device)
-        self._replayed[phase]()
+        else:
+            if phase not in self._replayed:
+                self._replayed[phase] = Replayed(call, self._slots.device)
+            self._replayed[phase]()
+        if self._renewal:
+            due = {row: phase for row, phase in phases.items() if phase is not Phase.PLAIN}
+            self._renew(due, self._renewal)
+
+    def _renew(self, due: Mapping[int, Phase], renewal: Renewal) -> None:
+        """Renew the state of some rows after their plain step.
+
+        On a GPU refreshes are made together. What is on a CPU is renewed row by row, and so are first bases, which the
+        host computes anyway. So is what finds no memory on the device: the plain step cannot be made again.
+        """
+        left = dict(due)
+        refreshed = [row for row, phase in due.items() if phase is Phase.REFRESH]
+        if refreshed and self._slots.device.type != "cpu" and self._refreshed_together(refreshed, renewal):
+            left = {row: phase for row, phase in due.items() if phase is not Phase.REFRESH}
+        for row, phase in left.items():
+            own = {name: tensor[row].cpu() for name, tensor in self._state.items()}
+            for name, tensor in renewal(own, phase).items():
+                self._state[name][row].copy_(tensor)
+
+    def _refreshed_together(self, rows: Sequence[int], renewal: Renewal) -> bool:
+        """Refresh rows on the device; returns False, and leaves them as they are, where memory does not suffice."""
+        together = min(1 << (len(rows) - 1).bit_length(), self.capacity)
+        try:
+            if together not in self._refreshes:
+                self._refreshes[together] = _Refresh(together, self._state, renewal)
+            self._refreshes[together](rows)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _update(self, weights: Flat, grads: Flat, steps: torch.Tensor, factors: torch.Tensor, phase: Phase) -> None:
         # A free row reads any gradient and writes to the spare row.
@@ -203,6 +244,35 @@ class SlotGroup:
 
     def _row(self, slot: int) -> int:
         return next(row for row, member in enumerate(self.members) if member is not None and member.slot == slot)
+
+
+class _Refresh:
+    """Refreshes some rows of a group's state on a GPU, as a CUDA graph from the second time on.
+
+    Args:
+        most: rows that can be refreshed at once.
+        state: of all rows, the same tensors at every call.
+        renewal: of one row.
+    """
+
+    def __init__(self, most: int, state: Tensors, renewal: Renewal) -> None:
+        self._state, self._renewal = state, renewal
+        device = next(iter(state.values())).device
+        self._rows = torch.zeros(most, dtype=torch.int64, device=device)
+        self._replayed = Replayed(self._refresh, device)
+
+    def __call__(self, rows: Sequence[int]) -> None:
+        """Refresh these rows."""
+        filled = list(rows) + [rows[-1]] * (len(self._rows) - len(rows))  # the last one several times, to one effect
+        # From pinned memory, which torch keeps until it was read: the host does not wait.
+        self._rows.copy_(torch.tensor(filled, dtype=torch.int64, pin_memory=True), non_blocking=True)
+        self._replayed()
+
+    def _refresh(self) -> None:
+        own = {name: tensor.index_select(0, self._rows) for name, tensor in self._state.items()}
+        refreshed = vmap(lambda state: self._renewal(state, Phase.REFRESH))(own)
+        for name, tensor in refreshed.items():  # nothing is allocated from here on
+            self._state[name].index_copy_(0, self._rows, tensor)
 
 
 def repacked(state: Tensors, source: Packing, target: Packing, renamed: Mapping[str, str]) -> Tensors:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tunebench.optim.packing import Packing, Tensors, factor_suffix
-from tunebench.optim.rule import Hyper, Phase, UpdateRule
+from tunebench.optim.rule import Hyper, Phase, Renewal, UpdateRule, renewal_of
 
 Averaged = Callable[[Tensors, Tensors, Hyper], Tensors]
 
@@ -101,6 +101,17 @@ class Factored:
     def phase(self, step: int, hyper: Mapping[str, float]) -> Phase:
         """What a step needs; no phase depends on the learning rate, so it is the same for all parts."""
         return self.parts[0].rule.phase(step, hyper)
+
+    @property
+    def renewal(self) -> Renewal | None:
+        """What makes a whole step out of a plain one, of rules that can be divided; None for others."""
+        return None if renewal_of(self.parts[0].rule) is None else self._renewed
+
+    def _renewed(self, state: Tensors, phase: Phase) -> Tensors:
+        renewals = [(part, renewal_of(part.rule)) for part in self.parts]
+        return _joined(
+            part.among_all(renewal(part.own(state), phase)) for part, renewal in renewals if renewal is not None
+        )
 
     @property
     def averaged(self) -> Averaged | None:

@@ -6,7 +6,7 @@ the slots of a cohort with different hyperparameters, and inside a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Protocol
 
@@ -75,6 +75,19 @@ class UpdateRule(Protocol):
     def phase(self, step: int, hyper: Mapping[str, float]) -> Phase:
         """What step number `step` (from 1) needs under these hyperparameters."""
         ...
+
+
+Renewal = Callable[[Tensors, Phase], Tensors]
+"""From the state of one slot after a plain step to the tensors that a step of this phase leaves otherwise."""
+
+
+def renewal_of(rule: UpdateRule) -> Renewal | None:
+    """What makes a whole step out of a plain one; None for rules whose step cannot be divided, or is always plain.
+
+    So that who updates many slots at once has those renewed that are due, and no others.
+    """
+    found: Renewal | None = getattr(rule, "renewal", None)
+    return found
 
 
 def scalar(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

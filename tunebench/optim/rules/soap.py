@@ -14,7 +14,7 @@ from tunebench.optim.branches import Beside, in_branches
 from tunebench.optim.eigenbasis import eigenbasis, power_iteration
 from tunebench.optim.factors import Factors, Sides
 from tunebench.optim.packing import Packing, Segment, Tensors
-from tunebench.optim.rule import Hyper, Phase, scalar
+from tunebench.optim.rule import Hyper, Phase, Renewal, scalar
 from tunebench.optim.rules.adam import average, average_square, moments
 
 
@@ -139,6 +139,25 @@ class Soap:
             return Phase.START
         due = count % max(1, round(hyper["precondition_frequency"])) == 0 or count <= self.basis_warmup_steps
         return Phase.REFRESH if due else Phase.PLAIN
+
+    @property
+    def renewal(self) -> Renewal | None:
+        """New bases after a plain step in the old ones; None for CURRENT, whose step is in the new ones."""
+        return self._renewed if self.basis is Basis.PAST else None
+
+    def _renewed(self, state: Tensors, phase: Phase) -> Tensors:
+        factors, bases = _unkeyed("factor", state), _unkeyed("basis", state)
+        if phase is Phase.START:
+            return _keyed("basis", {group: eigenbasis(f).to(bases[group].dtype) for group, f in factors.items()})
+        if phase is Phase.PLAIN:
+            return {}
+        found = in_branches([partial(power_iteration, factor, bases[group]) for group, factor in factors.items()])
+        new = _keyed("basis", {group: basis for group, (basis, _) in zip(factors, found, strict=True)})
+        orders = {group: order for group, (_, order) in zip(factors, found, strict=True)}
+        for segment in (segment for segment in self.packing.segments if segment.is_matrix):
+            name = f"exp_avg_sq/{segment.name}"
+            new[name] = self.factors.permute(segment, state[name], orders)
+        return new
 
     def update(
         self,
