@@ -3,6 +3,9 @@
 A batched product of a few small matrices fills a fraction of a GPU, and a chain of scalars next to nothing. While a
 graph is captured, each computation goes to a stream of its own, so that the graph may run them side by side; everywhere
 else they run one after another.
+
+Memory that is freed goes to the next allocation on the stream it came from, whoever may still read it. So no two
+purposes may share a stream, and torch has 32 of them, which it hands out in turns, again and again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from typing import Generic, TypeVar
 import torch
 
 _Result = TypeVar("_Result")
-_BRANCHES = 16
+_BRANCHES = 12  # for the main stream and for what runs beside it: with that and their origins 29 of 32 streams
+_STREAMS_OF_TORCH = 32
 _streams: dict[tuple[str, int, int], list[torch.cuda.Stream]] = {}
 
 
@@ -27,6 +31,8 @@ def in_branches(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
         return [call() for call in calls]
     main = torch.cuda.current_stream()
     streams = _streams_from(main, "branches", _BRANCHES)[: len(calls)]
+    if not streams:
+        return [call() for call in calls]
     for stream in streams:
         stream.wait_stream(main)
     results = []
@@ -53,8 +59,9 @@ class Beside(Generic[_Result]):
         self._stream: torch.cuda.Stream | None = None
         if _capturing():
             main = torch.cuda.current_stream()
-            self._stream = _streams_from(main, lane, 1)[0]
-            self._stream.wait_stream(main)
+            self._stream = next(iter(_streams_from(main, lane, 1)), None)
+            if self._stream is not None:
+                self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
             self._result = call()
 
@@ -70,8 +77,15 @@ def _capturing() -> bool:
 
 
 def _streams_from(main: torch.cuda.Stream, lane: str, number: int) -> list[torch.cuda.Stream]:
-    """Streams that only computations started from `main` use: shared ones would wait for each other."""
+    """Streams that only this lane of `main` uses: shared ones would wait for each other, and share memory.
+
+    At most `number`; fewer, even none, where torch has no more that nobody uses.
+    """
     key = lane, main.device_index, main.cuda_stream
     if key not in _streams:
-        _streams[key] = [torch.cuda.Stream(main.device_index) for _ in range(number)]  # type: ignore[no-untyped-call]
+        taken = {main.cuda_stream} | {origin for _, _, origin in _streams}
+        taken |= {used.cuda_stream for of_lane in _streams.values() for used in of_lane}
+        offered = [torch.cuda.Stream(main.device_index) for _ in range(_STREAMS_OF_TORCH)]  # type: ignore[no-untyped-call]
+        unused = {stream.cuda_stream: stream for stream in offered if stream.cuda_stream not in taken}
+        _streams[key] = list(unused.values())[:number]
     return _streams[key]
