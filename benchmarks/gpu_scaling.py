@@ -10,10 +10,12 @@ Every run is a whole `tunebench run` in a folder of its own, one after the other
 Compiling is in neither: a run of one configuration of each arm, which is not reported, comes first and fills the cache
 of graphs, `$TUNEBENCH_CACHE` or `--cache` (`--cold` leaves it out). Data are made before.
 
-A device is idle by tunebench's own account when it neither steps nor evaluates (logs/cohort-N.log), and by NVML, asked
-once a second where `pynvml` is installed, when no kernel runs. The study must be large enough: a run on N GPUs needs N
-times the slots in trials, and more in every arm that is to wait at its rungs. `gpu_scaling.yaml` suits two H200s; more
-GPUs want more `--trials`.
+A device is idle by tunebench's own account when it neither steps nor evaluates (logs/cohort-N.log): while files are
+written, while trials join and leave, and while it waits for either. By NVML, asked once a second where `pynvml` is
+installed, it is idle when no kernel runs. `--runs` keeps the run directories, with these logs.
+
+The study must be large enough: a run on N GPUs needs N times the slots in trials, and more in every arm that is to wait
+at its rungs. `gpu_scaling.yaml` suits two H200s; more GPUs want more `--trials`.
 
     TUNEBENCH_DATA=DATA python benchmarks/gpu_scaling.py --gpus 1 2 --json gpu-scaling.json
     python benchmarks/gpu_scaling.py studies/quickstart.yaml --device cpu --cpus 1 2 --trials 8 --steps 100
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import threading
@@ -50,17 +53,21 @@ _GRACE = 3  # a third of the horizon, where `--steps` changes it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Idle:
-    """Shares of the window in which a device was idle.
+class Use:
+    """What a device did in the window, in shares of it.
 
     Attributes:
         device: ``GPU 0``, or a cohort on a CPU.
-        own: by tunebench's account. nvml: by NVML; None where it was not asked.
+        idle: by tunebench's account. nvml: by NVML; None where it was not asked.
+        evaluating: in evaluations. writing: idle, in writing files. obeying: idle, in letting trials in and out.
     """
 
     device: str
-    own: float
+    idle: float
     nvml: float | None
+    evaluating: float
+    writing: float
+    obeying: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class Scaled:
         wall_s: of the whole. window_s: of the window.
         trials: that ended. failed: those of them that diverged, crashed or ran out of memory or time.
         trial_steps: of all trials. window_steps: of the window.
-        idle: by device.
+        uses: by device.
     """
 
     devices: int
@@ -81,8 +88,8 @@ class Scaled:
     trials: int
     failed: int
     trial_steps: int
-    window_steps: float
-    idle: tuple[Idle, ...]
+    window_steps: int
+    uses: tuple[Use, ...]
 
     @property
     def rate(self) -> float:
@@ -145,7 +152,7 @@ def main() -> None:
         warm_up(arguments.study, study, surroundings(study, 1, visible))
     found = []
     for count in counts:
-        found.append(run_on(arguments.study, study, count, visible))
+        found.append(run_on(arguments.study, study, count, visible, arguments.runs))
         print("\n".join(told(found[-1])), flush=True)
     first = found[0]
     ratios = {str(one.devices): (one.window_rate / first.window_rate, one.rate / first.rate) for one in found[1:]}
@@ -205,14 +212,16 @@ def surroundings(study: Mapping[str, Any], count: int, visible: Sequence[str]) -
     return {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": count * cores})}
 
 
-def run_on(file: Path, study: Mapping[str, Any], count: int, visible: Sequence[str]) -> Scaled:
-    """Run the study on so many devices in a new folder.
+def run_on(
+    file: Path, study: Mapping[str, Any], count: int, visible: Sequence[str], runs: Path | None = None
+) -> Scaled:
+    """Run the study on so many devices in a new folder, kept as `runs`/COUNT where that is given.
 
     Raises:
         subprocess.CalledProcessError: the run failed; what it printed is on the screen.
     """
     with tempfile.TemporaryDirectory(prefix="tunebench-gpu-scaling-") as folder, Sampler() as sampler:
-        run = Path(folder) / "run"
+        run = Path(folder) / "run" if runs is None else runs / str(count)
         wall_s = run_changed(file, study, run, surroundings(study, count, visible))
         return scaled(run, count, wall_s, sampler, [f"GPU {index}" for index in visible[:count]])
 
@@ -224,13 +233,17 @@ def scaled(run: Path, count: int, wall_s: float, sampler: Sampler, devices: Sequ
     work = {device: [] for device in devices} | work
     ended = last_end(run)
     window_s = (ended - began).total_seconds()
-    idle = [
-        Idle(
+    done = {device: within(lines, began, ended) for device, lines in sorted(work.items())}
+    uses = [
+        Use(
             device=device,
-            own=1 - within(lines, began, ended)[0] / window_s,
+            idle=1 - spent.worked_s / window_s,
             nvml=sampler.idle(device.removeprefix("GPU "), began, ended),
+            evaluating=spent.evaluating_s / window_s,
+            writing=spent.writing_s / window_s,
+            obeying=spent.obeying_s / window_s,
         )
-        for device, lines in sorted(work.items())
+        for device, spent in done.items()
     ]
     return Scaled(
         devices=count,
@@ -239,8 +252,8 @@ def scaled(run: Path, count: int, wall_s: float, sampler: Sampler, devices: Sequ
         trials=len(records),
         failed=failures(records),
         trial_steps=trial_steps(records),
-        window_steps=sum(within(lines, began, ended)[1] for lines in work.values()),
-        idle=tuple(idle),
+        window_steps=sum(spent.trial_steps for spent in done.values()),
+        uses=tuple(uses),
     )
 
 
@@ -253,15 +266,18 @@ def work_by_device(run: Path) -> dict[str, list[WorkLine]]:
     return {device: sorted(lines, key=lambda line: line.ended) for device, lines in found.items() if lines}
 
 
-def within(lines: Sequence[WorkLine], began: datetime, ended: datetime) -> tuple[float, float]:
-    """Seconds of work and trial-steps in a span of time; a line that is partly in it counts by that part."""
-    worked_s = steps = 0.0
-    for line in lines:
+def within(lines: Sequence[WorkLine], began: datetime, ended: datetime) -> WorkLine:
+    """What was done in a span of time; a line that is partly in it counts by that part."""
+
+    def part_of(line: WorkLine) -> float:
         common = (min(line.ended, ended) - max(line.began, began)).total_seconds()
-        part = max(common, 0.0) / max((line.ended - line.began).total_seconds(), 1e-9)
-        worked_s += part * line.worked_s
-        steps += part * line.trial_steps
-    return worked_s, steps
+        return max(common, 0.0) / max((line.ended - line.began).total_seconds(), 1e-9)
+
+    def total(name: str) -> float:
+        return math.fsum(part_of(line) * getattr(line, name) for line in lines)
+
+    sums = {name: total(name) for name in ("worked_s", "evaluating_s", "writing_s", "obeying_s")}
+    return WorkLine(began=began, ended=ended, trial_steps=round(total("trial_steps")), **sums)
 
 
 def last_end(run: Path) -> datetime:
@@ -282,9 +298,12 @@ def told(one: Scaled) -> list[str]:
         f"({one.failed} failed), {one.trial_steps} trial-steps, {one.rate:.1f} per second",
         f"  window: {one.window_s:.1f} s, {one.window_steps:.0f} trial-steps, {one.window_rate:.1f} per second",
     ]
-    for idle in one.idle:
-        nvml = "" if idle.nvml is None else f", {idle.nvml:.1%} by NVML"
-        lines.append(f"  {idle.device}: idle for {idle.own:.1%} of the window by its cohort's log{nvml}")
+    for use in one.uses:
+        nvml = "" if use.nvml is None else f", {use.nvml:.1%} by NVML"
+        lines.append(
+            f"  {use.device}: idle for {use.idle:.1%} of the window by its cohort's log{nvml}; evaluations "
+            f"{use.evaluating:.1%}, files {use.writing:.1%}, joining and leaving {use.obeying:.1%}"
+        )
     return lines
 
 
@@ -299,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate-every", type=int, help="steps between evaluations; left out, the study's")
     parser.add_argument("--cache", type=Path, help="folder for graphs and data; left out, $TUNEBENCH_CACHE or ~/.cache")
     parser.add_argument("--cold", action="store_true", help="no run beforehand: the cache has the graphs already")
+    parser.add_argument("--runs", type=Path, help="folder where the run directories stay; left out, none stays")
     parser.add_argument("--json", type=Path, help="file for runs and ratios")
     return parser
 

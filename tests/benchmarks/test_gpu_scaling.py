@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_scaling import (
-    Idle,
     Sampler,
     Scaled,
+    Use,
     changed,
     powers_of_two,
     surroundings,
@@ -26,14 +26,23 @@ from tunebench.tuning.work_log import WorkLine, WorkLog, on_gpu
 START = datetime(2026, 11, 23, 1, 0, 0)
 
 
-def line(began_s: float, ended_s: float, worked_s: float, trial_steps: int) -> WorkLine:
+def line(began_s: float, ended_s: float, worked_s: float, trial_steps: int, waits_s: float = 0.0) -> WorkLine:
+    """A line of which evaluations are a quarter of the work, and files and orders as long as `waits_s` each."""
     begins, ends = (START + timedelta(seconds=seconds) for seconds in (began_s, ended_s))
-    return WorkLine(began=begins, ended=ends, worked_s=worked_s, trial_steps=trial_steps)
+    return WorkLine(
+        began=begins,
+        ended=ends,
+        worked_s=worked_s,
+        evaluating_s=worked_s / 4,
+        writing_s=waits_s,
+        obeying_s=2 * waits_s,
+        trial_steps=trial_steps,
+    )
 
 
 def test_a_line_counts_by_the_part_of_it_that_is_in_the_window() -> None:
-    lines = [line(0, 10, 8, 1000), line(10, 20, 10, 2000), line(30, 40, 5, 400)]
-    assert within(lines, START + timedelta(seconds=5), START + timedelta(seconds=35)) == (16.5, 2700.0)
+    lines = [line(0, 10, 8, 1000, 0.5), line(10, 20, 10, 2000), line(30, 40, 5, 400, 1.0)]
+    assert within(lines, *(START + timedelta(seconds=s) for s in (5, 35))) == line(5, 35, 16.5, 2700, 0.75)
 
 
 def test_cohorts_that_had_one_gpu_after_the_other_are_one_device(tmp_path: Path) -> None:
@@ -58,16 +67,18 @@ def test_a_device_is_idle_by_its_log_and_by_nvml() -> None:
 
 
 def test_a_run_is_told_with_a_line_for_each_device() -> None:
-    idle = (Idle(device="GPU 0", own=0.02, nvml=0.05), Idle(device="GPU 1", own=0.5, nvml=None))
+    spent = {"evaluating": 0.1, "writing": 0.01, "obeying": 0.005}
+    uses = (Use(device="GPU 0", idle=0.02, nvml=0.05, **spent), Use(device="GPU 1", idle=0.5, nvml=None, **spent))
     one = Scaled(
-        devices=2, wall_s=100.0, window_s=50.0, trials=8, failed=0, trial_steps=1000, window_steps=900.0, idle=idle
+        devices=2, wall_s=100.0, window_s=50.0, trials=8, failed=0, trial_steps=1000, window_steps=900, uses=uses
     )
     whole, window, *devices = told(one)
     assert "10.0 per second" in whole
     assert "18.0 per second" in window
+    rest = "; evaluations 10.0%, files 1.0%, joining and leaving 0.5%"
     assert devices == [
-        "  GPU 0: idle for 2.0% of the window by its cohort's log, 5.0% by NVML",
-        "  GPU 1: idle for 50.0% of the window by its cohort's log",
+        f"  GPU 0: idle for 2.0% of the window by its cohort's log, 5.0% by NVML{rest}",
+        f"  GPU 1: idle for 50.0% of the window by its cohort's log{rest}",
     ]
 
 

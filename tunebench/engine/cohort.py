@@ -71,6 +71,7 @@ class Cohort:
 
     Attributes:
         trial_steps: steps that were made, each counted once for every trial that made it.
+        evaluating_s, writing_s: seconds in evaluations, and in writing files, while nobody stepped.
 
     Raises:
         Untraceable: the model cannot be written as a function of its weights.
@@ -92,6 +93,7 @@ class Cohort:
         self.workload, self.device = task.workload, torch.device(task.device)
         self.slots = slots
         self.trial_steps = 0
+        self.evaluating_s = self.writing_s = 0.0
         self._exact, self._watchdog = exact, watchdog or Watchdog()
         self._compiled = self.workload.max_steps >= _COMPILED_FROM[task.device] if compiled is None else compiled
         self._shelf = ModuleShelf()
@@ -452,8 +454,11 @@ class Cohort:
             measured = self._evaluation.measured(due, self._rows, self._groups)
         except torch.OutOfMemoryError as error:
             return [self._ended(place, Reason.OOM, _first_line(error)) for place in due]
+        evaluated = self._now()
+        self.evaluating_s += evaluated - self._since
         self._write(due, measured)
         self._since = self._now()  # nobody pays for an evaluation or a refinement in training time
+        self.writing_s += self._since - evaluated
         reports = [self._reported(place) for place in due]
         self._since = self._now()
         return reports
@@ -513,6 +518,7 @@ class Cohort:
         notes = [self._writers.submit(place.tenant.book.note, place.step) for place in going]
         for note in notes:
             note.result()
+        self.writing_s += time.perf_counter() - self._since
 
     def _reported(self, place: Place) -> tuple[str, Evaluation]:
         name, last = place.tenant.name, place.tenant.book.last

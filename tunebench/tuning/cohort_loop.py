@@ -251,7 +251,9 @@ class CohortLoop:
                 return
             finally:
                 self._watchdog.beat()
+            began = time.monotonic()
             work()
+            self._work_log.obeyed(time.monotonic() - began)
 
     def _time_left(self, since: float) -> float | None:
         """Seconds to wait for further orders; None: until there is one."""
@@ -273,10 +275,16 @@ class CohortLoop:
                 cohort.go_on(name)
         self._reported = []
         self._just_held = set()
-        began, slots, before = time.monotonic(), cohort.slots, cohort.trial_steps
+        began, slots = time.monotonic(), cohort.slots
+        steps, evaluating_s, writing_s = cohort.trial_steps, cohort.evaluating_s, cohort.writing_s
         reports = cohort.advance()
         self._stretch_s = time.monotonic() - began
-        self._work_log.worked(self._stretch_s, cohort.trial_steps - before)
+        self._work_log.worked(
+            self._stretch_s,
+            cohort.trial_steps - steps,
+            evaluating_s=cohort.evaluating_s - evaluating_s,
+            writing_s=cohort.writing_s - writing_s,
+        )
         if cohort.slots != slots:
             self._resized(cohort.slots)
         for name, evaluation in reports:

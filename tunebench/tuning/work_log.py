@@ -1,4 +1,4 @@
-"""What a cohort's log tells of its device: how long it stepped and evaluated, and how many trial-steps it made.
+"""What a cohort's log tells of its device: how long it stepped and evaluated, how many steps it made, and why not more.
 
 Imports neither Ray nor torch.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _EVERY_S = 10.0
-_WORKED = re.compile(r"^(\S+ \S+) .* worked (\S+) of (\S+) s, (\d+) trial-steps$")
+_WORKED = re.compile(
+    r"^(\S+ \S+) .* worked (\S+) of (\S+) s \(evaluations (\S+) s\), files (\S+) s, orders (\S+) s, (\d+) trial-steps$"
+)
 _GPU = re.compile(r" is on GPU (\S+)$")
 
 
@@ -36,17 +38,31 @@ class WorkLog:
     def __init__(self, say: Callable[[str], None] = log.warning, clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock = say, clock
         self._since: float | None = None
-        self._worked_s, self._steps = 0.0, 0
+        self._clear()
 
-    def worked(self, seconds: float, trial_steps: int) -> None:
-        """The device has just worked so long."""
+    def worked(self, seconds: float, trial_steps: int, *, evaluating_s: float = 0.0, writing_s: float = 0.0) -> None:
+        """A stretch of steps and what belongs to it has just ended.
+
+        Args:
+            seconds: of all of it.
+            trial_steps: that were made.
+            evaluating_s: of these seconds, in evaluations.
+            writing_s: of these seconds, in writing files.
+        """
         now, rested = self._clock(), self._since is None
         since = now - seconds if self._since is None else self._since
         self._since = since
-        self._worked_s += seconds
+        self._worked_s += seconds - writing_s
+        self._evaluating_s += evaluating_s
+        self._writing_s += writing_s
         self._steps += trial_steps
         if rested or now - since >= _EVERY_S:
             self._write(now)
+
+    def obeyed(self, seconds: float) -> None:
+        """An order was just carried out: a trial has joined or left, most often."""
+        if self._since is not None:
+            self._obeying_s += seconds
 
     def rest(self) -> None:
         """There is no work; what passes from now on until there is some is on no line."""
@@ -56,8 +72,16 @@ class WorkLog:
 
     def _write(self, now: float) -> None:
         assert self._since is not None
-        self._say(f"worked {self._worked_s:.3f} of {now - self._since:.3f} s, {self._steps} trial-steps")
-        self._since, self._worked_s, self._steps = now, 0.0, 0
+        self._say(
+            f"worked {self._worked_s:.3f} of {now - self._since:.3f} s (evaluations {self._evaluating_s:.3f} s), "
+            f"files {self._writing_s:.3f} s, orders {self._obeying_s:.3f} s, {self._steps} trial-steps"
+        )
+        self._since = now
+        self._clear()
+
+    def _clear(self) -> None:
+        self._worked_s = self._evaluating_s = self._writing_s = self._obeying_s = 0.0
+        self._steps = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +91,16 @@ class WorkLine:
     Attributes:
         began, ended: local time of the node.
         worked_s: in steps and evaluations.
+        evaluating_s: of these, in evaluations.
+        writing_s, obeying_s: in writing files, and in letting trials in and out. What is left it waited.
     """
 
     began: datetime
     ended: datetime
     worked_s: float
+    evaluating_s: float
+    writing_s: float
+    obeying_s: float
     trial_steps: int
 
 
@@ -83,6 +112,16 @@ def read_work(file: Path) -> tuple[str | None, list[WorkLine]]:
             gpu = match[1]
         elif match := _WORKED.match(line):
             ended = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f")
-            began = ended - timedelta(seconds=float(match[3]))
-            found.append(WorkLine(began=began, ended=ended, worked_s=float(match[2]), trial_steps=int(match[4])))
+            worked_s, of_s, evaluating_s, writing_s, obeying_s = map(float, match.groups()[1:6])
+            found.append(
+                WorkLine(
+                    began=ended - timedelta(seconds=of_s),
+                    ended=ended,
+                    worked_s=worked_s,
+                    evaluating_s=evaluating_s,
+                    writing_s=writing_s,
+                    obeying_s=obeying_s,
+                    trial_steps=int(match[7]),
+                )
+            )
     return gpu, found
