@@ -13,6 +13,7 @@ import pytorch_optimizer
 import schedulefree
 import torch
 
+from benchmarks.optimizer_cost import make_model
 from tests.optim.models import model_of
 from tests.optim.test_configuration import build
 from tunebench import optim
@@ -337,6 +338,21 @@ def test_weights_and_state_may_move_to_the_gpu_while_training(name: str) -> None
             parameter.grad = torch.ones_like(parameter) * step
         optimizer.step()
     assert all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["SOAP", "SOAPMuon"])
+def test_captured_steps_with_many_branches_are_those_without_capture(name: str) -> None:
+    ends = []
+    for capture in (False, True):
+        model = make_model("nequip-large", torch.device("cuda"))
+        groups = optim.matrix_groups(model)
+        optimizer = getattr(optim, name)(groups, lr=1e-3, precondition_frequency=2, capture=capture)
+        for _ in range(12):
+            optimizer.step()
+        ends.append(snapshot(list(model.parameters())))
+    for plain, captured in zip(*ends, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_schedule_free_weights_come_back_bit_for_bit() -> None:
