@@ -9,11 +9,19 @@ import torch
 from nequip.utils.global_state import set_global_state
 
 from tests.engine.conftest import MakeTask
-from tunebench.engine.slot_group import Flat, Member, SlotGroup, least_capacity, repacked, rule_key
+from tunebench.engine.slot_group import (
+    Flat,
+    Member,
+    SlotGroup,
+    _Refresh,
+    least_capacity,
+    repacked,
+    rule_key,
+)
 from tunebench.engine.tenant import ModuleShelf, Tenant
 from tunebench.optim.matrix_view import trainable_parameters
 from tunebench.optim.packing import Packing
-from tunebench.optim.rule import Phase
+from tunebench.optim.rule import Phase, renewal_of
 from tunebench.study.search_space import available_optimizers
 
 CPU = torch.device("cpu")
@@ -170,6 +178,25 @@ def test_a_later_phase_of_one_member_changes_no_bit_of_the_others(make_task: Mak
     assert of_rows[1] == [None, None, Phase.START, Phase.PLAIN, Phase.REFRESH, Phase.PLAIN]
     for dtype, matrix in rows.weights.items():
         assert torch.equal(matrix[0], alone.weights[dtype][0])
+
+
+def test_rows_are_refreshed_together_as_they_are_one_by_one(make_task: MakeTask) -> None:
+    tenant = make_tenant(make_task, "soap", precondition_frequency=50)
+    renewal = renewal_of(tenant.rule)
+    assert renewal is not None
+    rows, group = Rows(tenant), group_of(tenant, 4, [0, 1, 2])
+    for step in range(5):
+        rows.step(group, {0, 1, 2} if step % 2 else {0, 1})
+    state = {name: torch.stack([group.state_of(slot)[name] for slot in (0, 1, 2)]) for name in group.state_of(0)}
+    refresh = _Refresh(4, state, renewal)
+    refresh._rows.copy_(torch.tensor([2, 0, 0, 0]))
+    refresh._refresh()
+    for row in (0, 1, 2):
+        alone = group.state_of(row)
+        changed = {} if row == 1 else renewal(alone, Phase.REFRESH)
+        for name, tensor in {**alone, **changed}.items():
+            torch.testing.assert_close(state[name][row], tensor, rtol=1e-12, atol=1e-14)
+        assert all(not torch.equal(alone[name], tensor) for name, tensor in changed.items() if "basis" in name)
 
 
 def test_rules_of_other_settings_or_blocks_get_groups_of_their_own(make_task: MakeTask) -> None:
