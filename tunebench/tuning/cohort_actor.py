@@ -45,6 +45,7 @@ class _Lodger:
     Attributes:
         reports: all of its visit, so that one whose answer was lost can be asked for again.
         entry: joins it to the cohort.
+        over: its last report is among them.
     """
 
     visit: str
@@ -52,6 +53,7 @@ class _Lodger:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     entry: asyncio.Future[None] | None = None
     watch: asyncio.Task[None] | None = None
+    over: bool = False
 
     def add(self, report: dict[str, Any] | Refused) -> None:
         self.reports.append(report)
@@ -198,7 +200,8 @@ class CohortActor:
                 await reached(tenant.__ray_ready__.remote)  # waits while the tenant works, and fails when it has died
                 await asyncio.sleep(_LOOK_AFTER_TENANTS_S)
         except RayActorError:
-            log.warning("%s: its tenant has died, it leaves", name)
+            if not lodger.over:  # most tenants end soon after their trial
+                log.warning("%s: its tenant has died, it leaves", name)
         lodger.watch = None  # which would be cancelled, and is this very task
         await self.leave(name, lodger.visit)
 
@@ -245,4 +248,5 @@ class CohortActor:
             return
         lodger.add(plain)
         if plain["evaluation"]["outcome"] is not None:  # it has left its slot
+            lodger.over = True
             self._pool.left.remote(self._number, name, lodger.visit)
