@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import ray
+from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.tune.execution import tune_controller
 
 from tests.engine.conftest import MakeTask, make_task
 from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
+from tunebench.tuning.low_memory import survive_low_memory
+from tunebench.tuning.reach import get_reached, reached
 from tunebench.tuning.tenancy import DEVICE, evaluation_of
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
 
+LOW_MEMORY = OutOfMemoryError("5 worker(s) were killed due to the node running low on memory.")
 NODE_GONE = RayActorError(
     error_msg="The actor died unexpectedly.\n\tclass_name: A\nThe actor died because its node has died."
 )
@@ -68,3 +76,32 @@ def test_a_process_that_its_watchdog_has_ended_timed_out() -> None:
     stalled = f"its cohort is gone: {STALLED} 0:15:00, see cohort-0.stalled"
     assert reason_of(RayTaskError("train", "Traceback", RuntimeError(stalled))) is Reason.TIMED_OUT
     assert reason_of(stalled) is Reason.TIMED_OUT
+
+
+def test_tune_takes_a_process_that_was_ended_for_lack_of_memory_as_one_that_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune_controller, "RayActorManager", RayActorManager)
+    monkeypatch.setattr(RayActorManager, "_cleanup_actor", MagicMock())
+    with pytest.raises(RuntimeError, match="unexpected exception"):
+        tune_controller.RayActorManager(MagicMock())._actor_task_failed(MagicMock(), LOW_MEMORY)
+    survive_low_memory()
+    task = MagicMock()
+    tune_controller.RayActorManager(MagicMock())._actor_task_failed(task, LOW_MEMORY)
+    ((_, told),) = [call.args for call in task._on_error.call_args_list]
+    assert isinstance(told, RayActorError)
+    assert reason_of(told) is Reason.OOM
+
+
+def test_who_calls_a_process_that_was_ended_for_lack_of_memory_finds_it_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise LOW_MEMORY
+
+    async def failing() -> None:
+        raise LOW_MEMORY
+
+    monkeypatch.setattr(ray, "get", fail)
+    with pytest.raises(RayActorError, match="low on memory"):
+        get_reached(object)
+    with pytest.raises(RayActorError, match="low on memory"):
+        asyncio.run(reached(failing))

@@ -17,6 +17,7 @@ from tunebench.study.spec import Asha, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.entries import Called, Write
+from tunebench.tuning.low_memory import survive_low_memory
 from tunebench.tuning.orders import Orders
 from tunebench.tuning.pool_client import Room, TrialQueue
 from tunebench.tuning.recorder import Recorder
@@ -130,6 +131,7 @@ def fit(
 ) -> None:
     """Hand the trials of a queue to Tune and return when all have ended; of Tune's own folder nothing is left then."""
     storage = run.resolve() / TUNE
+    survive_low_memory()
     tune.Tuner(
         trainable,
         param_space=queue.param_space,

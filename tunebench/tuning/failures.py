@@ -31,6 +31,14 @@ def node_is_gone(error: object) -> bool:
     return (isinstance(error, RayActorError) and error.preempted) or _NODE_GONE in str(error)
 
 
+def as_death(error: Exception) -> Exception:
+    """The error of a dead process in place of that of one that Ray has ended for lack of memory; any other as it is.
+
+    What calls such a process gets an `OutOfMemoryError`, which is no `RayActorError` (Ray 2.60).
+    """
+    return RayActorError(error_msg=str(error)) if isinstance(error, OutOfMemoryError) else error
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong in a process of Ray's, at most 500 characters; of a traceback its last line."""
     cause = getattr(error, "cause", None) or error

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
+
+from tunebench.tuning.failures import as_death
 
 _PAUSE_S = 1.0
 
@@ -21,7 +23,7 @@ async def reached(call: Callable[[], Any]) -> Any:
     """Await what a call returns, and call again while its actor cannot be reached.
 
     Raises:
-        RayActorError: the actor is dead.
+        RayActorError: the actor is dead, be it ended for lack of its node's memory.
         RayTaskError: the call failed there.
     """
     while True:
@@ -29,6 +31,8 @@ async def reached(call: Callable[[], Any]) -> Any:
             return await call()
         except ActorUnavailableError:
             await asyncio.sleep(_PAUSE_S)
+        except OutOfMemoryError as error:
+            raise as_death(error) from error
 
 
 def get_reached(call: Callable[[], Any]) -> Any:
@@ -38,3 +42,5 @@ def get_reached(call: Callable[[], Any]) -> Any:
             return ray.get(call())
         except ActorUnavailableError:
             time.sleep(_PAUSE_S)
+        except OutOfMemoryError as error:
+            raise as_death(error) from error
