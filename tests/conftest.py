@@ -72,9 +72,13 @@ def reference_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless browser of this machine as Playwright drives it; without one, tests that need it are skipped."""
+    """A headless browser of this machine as Playwright drives it; without one, tests that need it are skipped.
+
+    One per module: Playwright runs an event loop in the thread for as long as it is open, and a later test could then
+    run none of its own.
+    """
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
