@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from tests.tuning.conftest import STUDY, python_path, tunebench, write_study
 from tests.tuning.driver import COHORT, TENANT, Driver
@@ -21,7 +22,7 @@ from tunebench.study.record import Reason, Stage
 from tunebench.study.spec import Resources
 from tunebench.tuning import pool as pool_module
 from tunebench.tuning.devices import Device
-from tunebench.tuning.pool import Pool
+from tunebench.tuning.pool import Fate, Pool
 from tunebench.tuning.trial_log import LOGS
 
 LONG = {**STUDY["workloads"][0], "max_steps": 120, "evaluate_every_steps": 12}
@@ -228,3 +229,65 @@ def test_trials_without_a_cohort_that_wait_for_their_kind_of_device_are_told_of_
     before, (event,) = asyncio.run(stage())
     assert before == []
     assert event.startswith("gone: its trials wait for a device of kind B200")
+
+
+class FakeCohorts:
+    """Cohorts that Ray ends as soon as they have a trial, for lack of memory, while they have more than `fit` slots."""
+
+    def __init__(self, fit: int) -> None:
+        self.fit, self.opened = fit, []
+
+    def options(self, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(remote=self.start)
+
+    def start(self, *arguments: Any) -> SimpleNamespace:
+        has_trial, slots = asyncio.Event(), []
+
+        async def ready() -> None:
+            pass
+
+        async def join(*arguments: Any) -> None:
+            has_trial.set()
+
+        async def open_(task: Any, known: int, most: int) -> int:
+            slots.append(known)
+            self.opened.append(known)
+            return known
+
+        async def lives() -> None:
+            await has_trial.wait()
+            if slots[-1] > self.fit:
+                raise OutOfMemoryError("5 worker(s) were killed due to the node running low on memory.")
+            await asyncio.Event().wait()
+
+        calls = {"__ray_ready__": ready, "join": join, "open": open_, "lives": lives, "expect": lambda more: None}
+        return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+
+
+@pytest.mark.parametrize(
+    ("fit", "opened", "again"), [(2, [8, 4, 2], [True] * 2), (0, [8, 4, 2, 1, 1], [True] * 3 + [False])]
+)
+def test_a_cohort_that_is_ended_for_lack_of_memory_comes_again_with_half_its_slots_at_no_trials_cost(
+    fit: int, opened: list[int], again: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts, here = FakeCohorts(fit), SimpleNamespace(current_actor=None)
+    fake_ray = SimpleNamespace(remote=lambda actor: cohorts, get_runtime_context=lambda: here, kill=lambda actor: None)
+    monkeypatch.setattr(pool_module, "ray", fake_ray)
+    node = nodes(**{"ab" * 28: "H200"})
+    cluster = SimpleNamespace(usable=lambda: node, newcomers=list, leaving=frozenset, is_settled=True)
+    monkeypatch.setattr(pool_module, "NodeWatch", lambda standard, tell: cluster)
+
+    async def train() -> list[Fate]:
+        pool, fates = Pool(Resources(gpus_per_trial=1, slots=8), tmp_path), []
+        tasks: Any = {"trial": SimpleNamespace(workload=SimpleNamespace(name="w", max_steps=1))}
+        await pool.plan(tasks, others_wait=False)
+        for visit in range(len(again)):
+            cohort, _, _ = await pool.place("trial", None, f"{visit}")
+            fates.append(await pool.fate(cohort, "trial"))
+        await pool.place("trial", None, "last")
+        return fates
+
+    fates = asyncio.run(train())
+    assert cohorts.opened == opened
+    assert [fate.again for fate in fates] == again
+    assert all("low on memory" in fate.message for fate in fates)

@@ -22,11 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunebench.engine.task import TrialTask
 from tunebench.engine.watchdog import why_ended
+from tunebench.study.record import Reason
 from tunebench.study.spec import Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.cohort_actor import CohortActor
 from tunebench.tuning.devices import Device, devices_of, most_frequent_first, waits_for_kind
-from tunebench.tuning.failures import node_is_gone, one_line
+from tunebench.tuning.failures import node_is_gone, one_line, reason_of
 from tunebench.tuning.handle import Handle
 from tunebench.tuning.node_checks import Node, Standard, alive_nodes, on_node
 from tunebench.tuning.node_copy import run_here
@@ -214,10 +215,8 @@ class Pool:
 
     async def broken(self, cohort: int, message: str, out_of_memory: bool, reports: dict[str, dict[str, Any]]) -> None:
         """A cohort has broken; where its memory was too small, the next ones of its workload have half the slots."""
-        workload = self._placement.workload_of(cohort)
-        if out_of_memory and workload is not None:
-            self._limits[workload] = max(self._size(workload) // 2, 1)
-            log.warning("%s: out of memory, %d slots from now on", workload, self._limits[workload])
+        if out_of_memory:
+            self._halve(cohort)
         self._lose(cohort, _End(message, again=out_of_memory, reports=reports))
 
     # --- devices -----------------------------------------------------------------------------------------------------
@@ -334,8 +333,19 @@ class Pool:
             await reached(actor.lives.remote)
         except Exception as error:  # dead, or its start failed, or it can never be scheduled
             stalled = await self._stalled(number)
-            again = not stalled and node_is_gone(error)  # no trial's fault
+            too_large = reason_of(error) is Reason.OOM and self._halve(number)
+            again = not stalled and (too_large or node_is_gone(error))  # no trial's fault
             self._lose(number, _End(stalled or one_line(error), again=again))
+
+    def _halve(self, number: int) -> bool:
+        """Let the next cohorts of what a cohort trains have half its slots; whether it had more than one."""
+        workload = self._placement.workload_of(number)
+        slots = 1 if workload is None else self._size(workload)
+        if workload is None or slots == 1:
+            return False
+        self._limits[workload] = slots // 2
+        log.warning("%s: out of memory, %d slots from now on", workload, slots // 2)
+        return True
 
     async def _stalled(self, number: int) -> str:
         """Whether a cohort's watchdog has ended it, in words."""
@@ -363,7 +373,7 @@ class Pool:
         if cohort is None:
             return
         log.warning("cohort %d on node %s ended: %s", number, cohort.device.node, end.message)
-        if not cohort.opened and not cohort.leaving:
+        if not cohort.opened and not cohort.leaving and not end.again:
             self._failed_starts[cohort.device] = self._failed_starts.get(cohort.device, 0) + 1
         for trial in self._placement.remove(number):
             self._losses[trial] += not end.again
