@@ -35,6 +35,14 @@ Watchdog.prepare = prepared
 """
 
 
+def waited_s(message: str) -> float:
+    """Seconds without a sign of life; more than the limit where 100 steps of a busy machine took longer."""
+    found = re.search(rf"{STALLED} (\d+):(\d+):([\d.]+)", message)
+    assert found is not None, message
+    hours, minutes, seconds = map(float, found.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
 def test_a_trial_that_hangs_in_a_step_times_out_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HANGS)
     study = write_study(
@@ -52,8 +60,9 @@ def test_a_trial_that_hangs_in_a_step_times_out_and_the_others_go_on(tmp_path: P
     hung = trials.pop("ethanol.adamw.tune.c001.s0")
     assert hung.reason is Reason.TIMED_OUT
     with_company, alone = sorted(file for file in (run / LOGS).glob("cohort-*.stalled") if file.stat().st_size)
-    limit = "0:0(0:15|1:00)"  # four times as long where it hangs at the first step after its checkpoint
-    assert re.search(f"its cohort is gone: {STALLED} {limit}, see {re.escape(alone.name)}", hung.detail["message"])
+    assert waited_s(hung.detail["message"]) >= 15.0
+    assert f"its cohort is gone: {STALLED}" in hung.detail["message"]
+    assert f", see {alone.name}" in hung.detail["message"]
     assert "in note_is_due" in with_company.read_text()
     assert [trial.reason for trial in trials.values()] == [Reason.FINISHED] * 2
     assert trials["ethanol.adamw.tune.c000.s0"].ledger["lost_steps"] <= 1, "it went on where it had been written"
@@ -70,4 +79,4 @@ def test_a_process_of_the_lightning_engine_that_hangs_in_a_step_is_ended(make_ta
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "task"], timeout=300, check=False)
     assert done.returncode == 1
-    assert why_ended(stall_file(task.run, task.key.trial_id)).startswith(f"{STALLED} 0:00:04")
+    assert waited_s(why_ended(stall_file(task.run, task.key.trial_id))) >= 4.0
