@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOK_AFTER_TENANTS_S = 2.0
-
 
 class Refused(Exception):
     """A trial or a workload that cannot be trained; the message is one line."""
@@ -44,7 +43,7 @@ class _Lodger:
 
     Attributes:
         reports: all of its visit, so that one whose answer was lost can be asked for again.
-        entry: joins it to the cohort.
+        entry: joins it to the cohort. reception: the process of its tenant, once it is in.
         over: its last report is among them.
     """
 
@@ -52,7 +51,7 @@ class _Lodger:
     reports: list[dict[str, Any] | Refused] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     entry: asyncio.Future[None] | None = None
-    watch: asyncio.Task[None] | None = None
+    reception: Handle | None = None
     over: bool = False
 
     def add(self, report: dict[str, Any] | Refused) -> None:
@@ -85,6 +84,7 @@ class CohortActor:
 
         self._number, self._pool = number, pool
         self._lodgers: dict[str, _Lodger] = {}
+        self._receptions: dict[Handle, asyncio.Task[None]] = {}
         self._events: asyncio.AbstractEventLoop | None = None
         logs = run_here(run, storage) / LOGS
         self._keeps_log = log_to(logs / f"cohort-{number}.log")
@@ -118,8 +118,10 @@ class CohortActor:
         """Whether trials of the workload are still to come."""
         self._cohort.submit(self._cohort.expect, more)
 
-    async def join(self, task: TrialTask, tenant: Handle, visit: str) -> None:
-        """Let a trial in; it is watched, and leaves if its tenant dies. Who asks again for a visit lets in nobody else.
+    async def join(self, task: TrialTask, reception: Handle, visit: str) -> None:
+        """Let a trial in, which leaves if the process of its tenant dies.
+
+        Who asks again for a visit lets in nobody else.
 
         Raises:
             Refused: the trial cannot be trained.
@@ -128,19 +130,20 @@ class CohortActor:
         lodger = self._lodgers.get(name)
         if lodger is None or lodger.visit != visit:
             lodger = self._lodgers[name] = _Lodger(visit)
-            lodger.entry = asyncio.ensure_future(self._enter(task, tenant, lodger))
+            lodger.entry = asyncio.ensure_future(self._enter(task, reception, lodger))
         assert lodger.entry is not None
         await asyncio.shield(lodger.entry)
 
-    async def _enter(self, task: TrialTask, tenant: Handle, lodger: _Lodger) -> None:
+    async def _enter(self, task: TrialTask, reception: Handle, lodger: _Lodger) -> None:
         name = task.key.trial_id
         try:
             await self._ordered(self._cohort.join, await self._here(task))
         except Refused:
             self._dismiss(name, lodger)
             raise
-        if self._lodgers.get(name) is lodger:
-            lodger.watch = asyncio.create_task(self._watch(name, tenant, lodger))
+        lodger.reception = reception
+        if reception not in self._receptions:
+            self._receptions[reception] = asyncio.create_task(self._watch(reception))
 
     async def next_report(self, name: str, visit: str, heard: int) -> dict[str, Any]:
         """The next report of a trial's visit after so many that were heard, as soon as there is one.
@@ -193,21 +196,17 @@ class CohortActor:
         """Never returns: who waits for it learns of the actor's death."""
         await asyncio.Event().wait()
 
-    async def _watch(self, name: str, tenant: Handle, lodger: _Lodger) -> None:
-        """Free the slot of a trial whose tenant has died."""
-        try:
-            while True:
-                await reached(tenant.__ray_ready__.remote)  # waits while the tenant works, and fails when it has died
-                await asyncio.sleep(_LOOK_AFTER_TENANTS_S)
-        except RayActorError:
-            if not lodger.over:  # most tenants end soon after their trial
-                log.warning("%s: its tenant has died, it leaves", name)
-        lodger.watch = None  # which would be cancelled, and is this very task
-        await self.leave(name, lodger.visit)
+    async def _watch(self, reception: Handle) -> None:
+        """Free the slots of trials whose tenants have died with their process."""
+        with suppress(RayActorError):
+            await reached(reception.lives.remote)
+        del self._receptions[reception]
+        bereft = {name: lodger for name, lodger in self._lodgers.items() if lodger.reception == reception}
+        for name in (name for name, lodger in bereft.items() if not lodger.over):
+            log.warning("%s: its tenant has died, it leaves", name)
+        await asyncio.gather(*(self.leave(name, lodger.visit) for name, lodger in bereft.items()))
 
     def _dismiss(self, name: str, lodger: _Lodger) -> None:
-        if lodger.watch is not None:
-            lodger.watch.cancel()
         if self._lodgers.get(name) is lodger:
             del self._lodgers[name]
 

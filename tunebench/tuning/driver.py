@@ -17,13 +17,14 @@ from tunebench.study.spec import Asha, Resources
 from tunebench.study.storage import Storage
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.entries import Called, Write
-from tunebench.tuning.low_memory import survive_low_memory
 from tunebench.tuning.orders import Orders
-from tunebench.tuning.pool_client import Room, TrialQueue
+from tunebench.tuning.pool_client import Room, TrialQueue, start_here
+from tunebench.tuning.reception import Reception
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.shares import Shares, trial_resources
 from tunebench.tuning.tenancy import VISIT
 from tunebench.tuning.trainable import train_trial
+from tunebench.tuning.trial_actors import AFTER_LAST, use_trial_actors
 
 TUNE = ".tune"
 """Folder of a run directory with Tune's own state, of which nothing is left at the end of a stage."""
@@ -110,12 +111,13 @@ def drive(work: DriverWork, room: Room, write: Write, callbacks: Sequence[tune.C
         obey=orders.obey,
         storage=work.storage,
     )
-    fit(_trainable(work, room), queue, scheduler, [recorder, *callbacks], work.run, work.name, work.resources)
+    use_trial_actors(lambda: start_here(Reception, room.actor, work.run.resolve(), work.storage, AFTER_LAST))
+    fit(_trainable(work), queue, scheduler, [recorder, *callbacks], work.run, work.name, work.resources)
 
 
-def _trainable(work: DriverWork, room: Room) -> Any:
-    run, alone = work.run.resolve(), dict(work.alone)
-    trial = tune.with_parameters(train_trial, tasks=alone, pool=room.actor, run=run, storage=work.storage)
+def _trainable(work: DriverWork) -> Any:
+    alone = dict(work.alone)
+    trial = tune.with_parameters(train_trial, tasks=alone)
     kinds = {name: work.bound.get(task.workload.name, "") for name, task in alone.items()}
     return tune.with_resources(trial, Shares(trial_resources(work.resources), kinds))
 
@@ -131,7 +133,6 @@ def fit(
 ) -> None:
     """Hand the trials of a queue to Tune and return when all have ended; of Tune's own folder nothing is left then."""
     storage = run.resolve() / TUNE
-    survive_low_memory()
     tune.Tuner(
         trainable,
         param_space=queue.param_space,

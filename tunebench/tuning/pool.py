@@ -89,9 +89,9 @@ class _End:
 
 @dataclass
 class _Applicant:
-    """A tenant that waits for a place."""
+    """A tenant that waits for a place; `reception` is the process that it lives in."""
 
-    tenant: Handle
+    reception: Handle
     visit: str
     place: asyncio.Future[tuple[int, Handle, str]]
 
@@ -174,7 +174,7 @@ class Pool:
 
     # --- for tenants -----------------------------------------------------------------------------------------------
 
-    async def place(self, trial: str, tenant: Handle, visit: str) -> tuple[int, Handle, str]:
+    async def place(self, trial: str, reception: Handle, visit: str) -> tuple[int, Handle, str]:
         """A place for a trial's visit, as soon as there is one: the cohort's number, actor and kind of device.
 
         Raises:
@@ -182,7 +182,7 @@ class Pool:
         """
         await self._clear_out(trial)
         self._visits[trial] = visit
-        applicant = _Applicant(tenant, visit, asyncio.get_running_loop().create_future())
+        applicant = _Applicant(reception, visit, asyncio.get_running_loop().create_future())
         self._applicants[trial] = applicant
         self._wait(trial)
         self._grow()
@@ -433,7 +433,7 @@ class Pool:
             return
         try:
             join = cohort.actor.join.remote
-            await reached(lambda: join(self._tasks[trial], applicant.tenant, applicant.visit))
+            await reached(lambda: join(self._tasks[trial], applicant.reception, applicant.visit))
         except RayActorError:  # `_lose` lets it wait again
             return
         except RayTaskError as error:

@@ -21,7 +21,7 @@ from tunebench.tuning.node_checks import Standard
 from tunebench.tuning.pool import Pool
 
 _ASK_EVERY_S = 2.0
-_CALLS_AT_ONCE = 4096
+_CALLS_AT_ONCE = 65536  # every trial in a slot waits in one
 
 
 class PoolClient:
@@ -119,11 +119,16 @@ class PoolClient:
             self.actor = None
 
     def _started(self) -> Handle:
-        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
-        actor_class: Any = ray.remote(Pool)
         standard = Standard.of_driver(self._resources.device, self._run, self._storage) if self._joined else None
-        return actor_class.options(**options).remote(self._resources, self._run, self._storage, standard)
+        return start_here(Pool, self._resources, self._run, self._storage, standard)
+
+
+def start_here(actor_class: type, *arguments: Any) -> Handle:
+    """Start an actor on this process's node that takes no share of it and ends with this process."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": _CALLS_AT_ONCE, "scheduling_strategy": here}
+    remote: Any = ray.remote(actor_class)
+    return remote.options(**options).remote(*arguments)
 
 
 class Room(Protocol):

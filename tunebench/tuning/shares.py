@@ -10,8 +10,7 @@ from ray import tune
 
 from tunebench.study.spec import Resources
 from tunebench.tuning.devices import share_of_kind
-
-_TENANT_BYTES = 128 * 2**20
+from tunebench.tuning.trial_actors import SEAT
 
 
 def trial_resources(resources: Resources) -> dict[str, float]:
@@ -21,7 +20,7 @@ def trial_resources(resources: Resources) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Shares:
-    """The share of each trial: memory alone for a tenant, whose device is its cohort's.
+    """The share of each trial: a seat for a tenant, whose device is its cohort's.
 
     Attributes:
         alone: what is reserved for a trial that is no tenant.
@@ -33,8 +32,6 @@ class Shares:
 
     def __call__(self, config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         """What the trial that `config["trial"]` names needs."""
-        share: dict[str, int | float] = {"memory": _TENANT_BYTES}
         kind = self.kinds.get(config["trial"])
-        if kind is not None:
-            share = {**self.alone, **share_of_kind(kind)}
-        return tune.PlacementGroupFactory([share])
+        share = SEAT if kind is None else {**self.alone, **share_of_kind(kind)}
+        return tune.PlacementGroupFactory([dict(share)])

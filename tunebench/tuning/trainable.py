@@ -1,6 +1,6 @@
-"""One Tune trial: a tenant of a cohort, or a whole trial of the `lightning` engine in its own process.
+"""One Tune trial of the `lightning` engine, in its own process.
 
-Actors are reused. For the `lightning` engine a process imports NequIP once and then trains trial after trial; whatever
+Actors are reused: a process imports NequIP once and then trains trial after trial; whatever
 a trial depends on is set from its task, and the engine leaves no state that the next trial would see.
 """
 
@@ -8,46 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
 from tunebench.engine.watchdog import Watchdog
-from tunebench.study.storage import Storage
 from tunebench.tuning.devices import kind_of_node
-from tunebench.tuning.handle import Handle
-from tunebench.tuning.node_copy import run_here, task_here
-from tunebench.tuning.tenancy import DEVICE, for_tune, rent
+from tunebench.tuning.node_copy import task_here
+from tunebench.tuning.tenancy import DEVICE, for_tune
 from tunebench.tuning.trial_log import log_to, stall_file, trial_log
 
 if TYPE_CHECKING:
     from tunebench.engine.task import Evaluation, TrialTask
 
 
-def train_trial(
-    config: Mapping[str, Any],
-    tasks: Mapping[str, TrialTask],
-    pool: Handle | None,
-    run: Path,
-    storage: Storage | None = None,
-) -> None:
+def train_trial(config: Mapping[str, Any], tasks: Mapping[str, TrialTask]) -> None:
     """Tune's function trainable; `config["trial"]` names the trial.
 
     Args:
         config: Tune's configuration.
-        tasks: trials of the `lightning` engine; all others are tenants.
-        pool: where tenants find their places.
-        run: the run directory.
-        storage: of the run, where it has one.
+        tasks: trials of the `lightning` engine.
     """
-    name = config["trial"]
-    if name in tasks:
-        _train_alone(tasks[name], _kind_here(tasks[name].device))
-    else:
-        assert pool is not None
-        rent(name, pool, run_here(run, storage))
+    task = tasks[config["trial"]]
+    _train_alone(task, _kind_here(task.device))
 
 
 def _train_alone(task: TrialTask, kind: str) -> None:
@@ -83,7 +67,7 @@ def _report(evaluation: Evaluation, kind: str) -> None:
 @cache
 def _kind_here(device: str) -> str:
     """Kind of this node's devices."""
-    from tunebench.tuning.node_checks import alive_nodes  # imports what a tenant does without
+    from tunebench.tuning.node_checks import alive_nodes
 
     own = ray.get_runtime_context().get_node_id()
     return next(kind_of_node(node["Resources"], device) for node in alive_nodes() if node["NodeID"] == own)
