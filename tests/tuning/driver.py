@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.tuning.conftest import COMMAND, python_path
 from tunebench.study.record import CHECKPOINTS
 
-COHORT, POOL, TENANT = "CohortActor", "ray::Pool", "ray::ImplicitFunc"
-KINDS = {COHORT, POOL, TENANT}
+COHORT, POOL, RECEPTION = "CohortActor", "ray::Pool", "ray::Reception"
+KINDS = {COHORT, POOL, RECEPTION}
 
 
 class Driver:
@@ -54,7 +54,7 @@ class Driver:
         return found
 
     def kinds(self) -> set[str]:
-        """Which of its cohorts, its pool and its tenants are there."""
+        """Which of its cohorts, its pool and its reception are there."""
         return {name for name in KINDS if self.processes(name)}
 
     def wait(self, condition: Callable[[], object], timeout_s: float = 300.0) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-import ray
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune.execution import tune_controller
@@ -16,9 +15,9 @@ from tunebench.engine.watchdog import STALLED
 from tunebench.study.record import Reason
 from tunebench.tuning import trainable
 from tunebench.tuning.failures import node_is_gone, reason_of
-from tunebench.tuning.low_memory import survive_low_memory
-from tunebench.tuning.reach import get_reached, reached
+from tunebench.tuning.reach import reached
 from tunebench.tuning.tenancy import DEVICE, evaluation_of
+from tunebench.tuning.trial_actors import use_trial_actors
 from tunebench.tuning.trial_log import trial_log
 
 __all__ = ["make_task"]
@@ -85,7 +84,7 @@ def test_tune_takes_a_process_that_was_ended_for_lack_of_memory_as_one_that_died
     monkeypatch.setattr(RayActorManager, "_cleanup_actor", MagicMock())
     with pytest.raises(RuntimeError, match="unexpected exception"):
         tune_controller.RayActorManager(MagicMock())._actor_task_failed(MagicMock(), LOW_MEMORY)
-    survive_low_memory()
+    use_trial_actors(MagicMock())
     task = MagicMock()
     tune_controller.RayActorManager(MagicMock())._actor_task_failed(task, LOW_MEMORY)
     ((_, told),) = [call.args for call in task._on_error.call_args_list]
@@ -93,15 +92,9 @@ def test_tune_takes_a_process_that_was_ended_for_lack_of_memory_as_one_that_died
     assert reason_of(told) is Reason.OOM
 
 
-def test_who_calls_a_process_that_was_ended_for_lack_of_memory_finds_it_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
-        raise LOW_MEMORY
-
+def test_who_calls_a_process_that_was_ended_for_lack_of_memory_finds_it_dead() -> None:
     async def failing() -> None:
         raise LOW_MEMORY
 
-    monkeypatch.setattr(ray, "get", fail)
-    with pytest.raises(RayActorError, match="low on memory"):
-        get_reached(object)
     with pytest.raises(RayActorError, match="low on memory"):
         asyncio.run(reached(failing))

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 
 from tests.tuning.conftest import TRIALS, ended, ranking_of, tunebench
-from tests.tuning.driver import COHORT, KINDS, TENANT, Driver
+from tests.tuning.driver import COHORT, KINDS, RECEPTION, Driver
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.study.journal import read_trials
 from tunebench.study.record import CURVES, JOURNAL, SHORTER_CURVES, Reason, Stage
@@ -231,19 +231,19 @@ def test_an_interrupted_run_has_a_status_and_a_report_that_say_so(survivors: lis
 
 
 class TestKilledWorkers:
-    """A run whose cohort was killed while trials trained beyond a rung, and later the process of a trial likewise."""
+    """A run whose cohort was killed while trials trained beyond a rung, and later the process of all tenants."""
 
     @pytest.fixture(scope="class")
     def run(self, finished_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         driver = Driver(finished_study, tmp_path_factory.mktemp("bereft") / "run")
         try:
             driver.wait(lambda: trains_beyond(driver, 12))
-            for tenant in driver.processes(TENANT):
-                assert "libtorch" not in Path(f"/proc/{tenant}/maps").read_text()
+            (reception,) = driver.processes(RECEPTION)
+            assert "libtorch" not in Path(f"/proc/{reception}/maps").read_text()
             os.kill(driver.processes(COHORT)[0], signal.SIGKILL)
             killed_at = time.time()
             driver.wait(lambda: max(driver.saved().values(), default=0.0) > killed_at)
-            os.kill(driver.processes(TENANT)[0], signal.SIGKILL)
+            os.kill(reception, signal.SIGKILL)
             assert driver.finish()[0] == 0
         finally:
             driver.end()
@@ -257,9 +257,9 @@ class TestKilledWorkers:
         assert [log for log in (run / LOGS).glob("*.tune.*.log") if "its cohort is gone" in log.read_text()]
         before = {trial.key.trial_id: trial.ledger["attempts"] for trial in read_trials(finished_run)}
         more = [trial.ledger["attempts"] - before[trial.key.trial_id] for trial in read_trials(run)]
-        assert max(more) <= 2, "once for the cohort, once for a process"
+        assert max(more) <= 2, "once for the cohort, once for the process of the tenants"
 
-    def test_a_trial_whose_process_was_killed_comes_back(self, run: Path) -> None:
+    def test_tenants_whose_process_was_killed_come_back(self, run: Path) -> None:
         assert "ActorDiedError" in (run / LOGS / "driver.log").read_text()
         assert {trial.reason for trial in read_trials(run)} == {Reason.FINISHED, Reason.STOPPED_ASHA}
 

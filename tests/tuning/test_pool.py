@@ -16,7 +16,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 
 from tests.tuning.conftest import STUDY, python_path, tunebench, write_study
-from tests.tuning.driver import COHORT, TENANT, Driver
+from tests.tuning.driver import COHORT, RECEPTION, Driver
 from tunebench.study.journal import read_trials
 from tunebench.study.record import Reason, Stage
 from tunebench.study.spec import Resources
@@ -51,8 +51,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
         driver.end()
 
 
-def test_tenants_import_neither_torch_nor_nequip() -> None:
-    script = "import sys, tunebench.tuning.trainable; sys.exit(bool({'torch', 'nequip', 'ase'} & sys.modules.keys()))"
+def test_tenants_import_neither_torch_nor_nequip_nor_tune() -> None:
+    heavy = "{'torch', 'nequip', 'ase', 'ray.tune'}"
+    script = f"import sys, tunebench.tuning.reception; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 
@@ -60,8 +61,8 @@ def test_trials_of_a_cohort_that_is_killed_go_on_from_their_checkpoints(start: C
     driver = start()
     driver.wait(driver.saved)
     cohort, *_ = driver.processes(COHORT)
-    for tenant in driver.processes(TENANT):
-        assert "libtorch" not in Path(f"/proc/{tenant}/maps").read_text()
+    (reception,) = driver.processes(RECEPTION)
+    assert "libtorch" not in Path(f"/proc/{reception}/maps").read_text()
     os.kill(cohort, signal.SIGKILL)
     assert driver.finish()[0] == 0
     trials = read_trials(driver.run)
@@ -71,6 +72,17 @@ def test_trials_of_a_cohort_that_is_killed_go_on_from_their_checkpoints(start: C
     assert any(trial.ledger["attempts"] == 2 for trial in tuned)
     crashed = [log for log in (driver.run / LOGS).glob("*.tune.*.log") if "its cohort is gone" in log.read_text()]
     assert crashed
+
+
+def test_the_death_of_all_tenants_costs_no_trial_an_attempt(start: Callable[..., Driver]) -> None:
+    driver = start(resources={**ONE_COHORT, "max_failures": 0}, confirm={"top_k": 1, "seeds": 1})
+    driver.wait(driver.saved)
+    (reception,) = driver.processes(RECEPTION)
+    os.kill(reception, signal.SIGKILL)
+    assert driver.finish()[0] == 0
+    trials = read_trials(driver.run)
+    assert [trial.reason for trial in trials] == [Reason.FINISHED] * 4
+    assert {trial.ledger["lost_steps"] for trial in trials} == {0}
 
 
 def test_two_workloads_share_one_device_one_after_the_other(start: Callable[..., Driver]) -> None:

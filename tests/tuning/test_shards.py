@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tuning.conftest import TRIALS, ended
-from tests.tuning.driver import TENANT, Driver
+from tests.tuning.driver import RECEPTION, Driver
 from tests.tuning.test_kill import curves_of, decisions, order_of_arms, paid, trains_beyond
 from tunebench.cli import DONE, run_command
 from tunebench.study.journal import read_trials
@@ -47,7 +47,7 @@ def shared(finished_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Sh
         drivers = [len(first.processes(SHARD))]
         os.kill(first.processes(SHARD)[0], signal.SIGKILL)
         code, said = first.finish(120.0)
-        left = [process for kind in (SHARD, TENANT) for process in first.processes(kind)]
+        left = [process for kind in (SHARD, RECEPTION) for process in first.processes(kind)]
         kept = run.with_name("kept")
         shutil.copytree(run, kept, ignore=shutil.ignore_patterns(TUNE, "tensorboard", LOGS))
         second = Driver(run, run, "--drivers", "3")

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_FIRST_PATIENCE_S = 5.0  # a tenant's process takes a second or two to start
+_FIRST_PATIENCE_S = 1.0  # tenants of one stage come within a second
 _LONGEST_PATIENCE_S = 2.0
 _PATIENCE = 0.5  # of the last stretch
 _MOST_SLOTS = 128

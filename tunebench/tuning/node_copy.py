@@ -18,7 +18,7 @@ def run_here(run: Path, storage: Storage | None) -> Path:
     """The run directory on this node: that of the driver, or with a storage a folder in this node's cache."""
     if storage is None:
         return run
-    from tunebench.workloads.data import cache_folder  # imports ASE, which tenants do without
+    from tunebench.workloads.data import cache_folder  # imports ASE, which the reception does without
 
     address = storage.address.rstrip("/")
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]

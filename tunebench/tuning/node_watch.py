@@ -129,7 +129,6 @@ def _hold(node: Node) -> Handle:
     options: dict[str, Any] = {
         "num_cpus": resources.get("CPU", 0),
         "num_gpus": resources.get("GPU", 0),
-        "memory": resources.get("memory", 0),  # tenants of cohorts reserve nothing else
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False),
     }
     actor_class: Any = ray.remote(_Holder)

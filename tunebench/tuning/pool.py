@@ -44,6 +44,12 @@ _FAILED_STARTS = 3
 _FATE_S = 60.0
 _CALLS_AT_ONCE = 4096  # every trial of a cohort waits in one
 _USUAL_SLOTS = {"cpu": 8, "cuda": 32}  # of a cohort that has not said how many it has
+# glibc gives every large tensor's memory back to the system, whose fresh pages take up to a fifth of a step on a CPU.
+_KEEPS_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 _MEASURED_FROM = {"cpu": 20_000, "cuda": 200_000}  # trial-steps to come; measuring slots takes as long as thousands
 
 
@@ -159,13 +165,17 @@ class Pool:
         self._grow()
 
     async def look(self, heard: int) -> tuple[int, list[str]]:
-        """Trials that can be in at once, on all devices of the cluster, at least 1; and events, but the first ones.
+        """Trials that may ask for a place at once, and events, but the first ones.
+
+        They are as many as can be in on all devices of the cluster, at least 1, and as many again as one device takes
+        where there are several workloads: trials of one may have to wait while another's have slots to spare.
 
         Args:
             heard: events that the driver has told already.
         """
         sizes = [self._size(name) for name in {task.workload.name for task in self._tasks.values()}]
-        return max(len(self._usable_devices()), 1) * max(sizes, default=1), self._events[heard:]
+        devices = max(len(self._usable_devices()), 1) + (len(sizes) > 1)
+        return devices * max(sizes, default=1), self._events[heard:]
 
     async def vacate(self, trial: str, visit: str) -> None:
         """A trial waits at a rung or was stopped: its slot is free, unless it has come back already."""
@@ -314,7 +324,7 @@ class Pool:
             "num_gpus": device.gpus,
             "max_concurrency": _CALLS_AT_ONCE,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=device.node, soft=False),
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(device.threads)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(device.threads), **self._memory_habits()}},
         }
         this = ray.get_runtime_context().current_actor
         cohort_stall_file(self._run / LOGS, number).unlink(missing_ok=True)  # of an earlier start of the study
@@ -323,6 +333,9 @@ class Pool:
         actor = actor_class.options(**options).remote(number, this, device.threads, self._run, self._storage, limit_s)
         self._cohorts[number] = _Cohort(device, actor)
         self._later(self._tend(number, actor))
+
+    def _memory_habits(self) -> dict[str, str]:
+        return _KEEPS_FREED_MEMORY if self._resources.device == "cpu" else {}
 
     async def _tend(self, number: int, actor: Handle) -> None:
         """Take a cohort in when it has started, and out when it has died."""

@@ -28,7 +28,7 @@ def set_ray_environment(address: str | None) -> None:
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # tenants of a cohort are many for each core; with one at a time for each core Ray warns of them on the screen
+    # with one start at a time for each core Ray warns on the screen where several processes start at once
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     # workers that Ray starts beforehand have no `runtime_env`; none of this program's actors could take them
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")

@@ -7,11 +7,9 @@ actor is dead. Whoever is called here may therefore be called twice with the sam
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from tunebench.tuning.failures import as_death
@@ -31,16 +29,5 @@ async def reached(call: Callable[[], Any]) -> Any:
             return await call()
         except ActorUnavailableError:
             await asyncio.sleep(_PAUSE_S)
-        except OutOfMemoryError as error:
-            raise as_death(error) from error
-
-
-def get_reached(call: Callable[[], Any]) -> Any:
-    """As `reached`, outside an event loop."""
-    while True:
-        try:
-            return ray.get(call())
-        except ActorUnavailableError:
-            time.sleep(_PAUSE_S)
         except OutOfMemoryError as error:
             raise as_death(error) from error

@@ -12,10 +12,14 @@ from tunebench.engine.padding import padding_plan
 from tunebench.engine.resident import assemble, resident_frames
 from tunebench.engine.task import TrialTask
 from tunebench.study.record import Split
+from tunebench.workloads.data import graphs_folder
 
 
 def why_untraceable(task: TrialTask) -> str:
-    """Why the model of a task cannot be traced, in one line; empty where it can. Trains nothing and writes nothing."""
+    """Why the model of a task cannot be traced, in one line; empty where it can.
+
+    Trains nothing, and leaves the trace where cohorts look for it.
+    """
     set_global_state()
     module, _ = training_parts(task)
     cutoff, device = task.workload.model.r_max_angstrom, torch.device(task.device)
@@ -24,7 +28,7 @@ def why_untraceable(task: TrialTask) -> str:
     example = assemble(frames, torch.arange(shape.frames - 1, dtype=torch.int64, device=device), shape)
     stress = task.data.has_stress and (task.workload.loss.stress > 0 or task.objective.stress > 0)
     try:
-        functional_model(module.model, example, OUTPUTS if stress else OUTPUTS[:2])
+        functional_model(module.model, example, OUTPUTS if stress else OUTPUTS[:2], graphs_folder())
     except Untraceable as error:
         return str(error)
     return ""
