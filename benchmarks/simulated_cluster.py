@@ -35,7 +35,6 @@ from tunebench.study.seeds import named_seed
 from tunebench.tuning.placement import Admit, Placement
 from tunebench.tuning.tenancy import VISIT, CohortLost
 
-_PROCESS_START_S = 3.0  # of a tenant
 _COHORT_START_S = 30.0  # with traces and compiled graphs in the cache
 _DEVICE_RETURNS_S = 300.0
 _REPLY_S = 0.001  # between two processes
@@ -453,7 +452,7 @@ class FakeRay:
                 actor.trial, future.value = arguments[0]["trial"], True
             elif method == "save":
                 future.value = _TrainingResult(checkpoint=None, metrics={})
-            self._devices.later(now + (_PROCESS_START_S if method == "__ray_ready__" else _REPLY_S), future)
+            self._devices.later(now + _REPLY_S, future)
             return future
 
     def _wait(self, futures: Sequence[Future], num_returns: int, timeout: float) -> tuple[list[Future], list[Future]]:

@@ -17,7 +17,7 @@ import ray
 from ray.air.execution import ResourceManager, ResourceRequest
 from ray.air.execution._internal import RayActorManager
 from ray.air.execution.resources.request import AcquiredResources
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train._internal.session import _TrainingResult
 from ray.tune.execution import tune_controller
 from ray.tune.result import DONE, RESULT_DUPLICATE
@@ -203,7 +203,7 @@ class TrialActors(RayActorManager):
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         exception = as_death(exception)
         seat = self._seat_of(tracked_actor_task._tracked_actor)
-        if seat is not None and isinstance(exception, RayActorError):
+        if seat is not None and isinstance(exception, RayActorError) and not isinstance(exception, RayTaskError):
             exception = self._resource_manager.lost(seat.reception, exception)
         super()._actor_task_failed(tracked_actor_task, exception)
 
