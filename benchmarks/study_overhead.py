@@ -254,7 +254,7 @@ class Mocked(shards.Shard):
     @staticmethod
     def trials_of(run: Path) -> None:
         """From now on drivers of this process have such trials."""
-        driver._trainable = lambda work, room: _trainable(run)
+        driver._trainable = lambda work: _trainable(run)
 
     def begin(self, work: DriverWork, pool: Any) -> None:
         """As every driver, with such trials."""

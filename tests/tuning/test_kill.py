@@ -260,7 +260,7 @@ class TestKilledWorkers:
         assert max(more) <= 2, "once for the cohort, once for the process of the tenants"
 
     def test_tenants_whose_process_was_killed_come_back(self, run: Path) -> None:
-        assert "ActorDiedError" in (run / LOGS / "driver.log").read_text()
+        assert "class_name: Reception" in (run / LOGS / "driver.log").read_text()
         assert {trial.reason for trial in read_trials(run)} == {Reason.FINISHED, Reason.STOPPED_ASHA}
 
 
