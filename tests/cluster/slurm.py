@@ -1,0 +1,164 @@
+"""A Slurm cluster over the hosts of a local network: `slurmctld` on a login host, `slurmd` on the others.
+
+Configuration, keys, state and spools lie on the hosts' own disks and on the disk that the hosts share; nothing of it is
+the machine's. Needs what `tests/cluster/lan.py` needs, and slurmctld, slurmd, slurm-client and munge.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster import lan as network
+from tests.cluster.deployment import SLOW_STEPS, wait_for
+from tests.cluster.lan import CHECKOUT, Host, Lan
+
+LOGIN = "login"
+_NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+# A lost node is noticed within half a minute, not after five.
+_CONFIGURATION = """\
+ClusterName=namespaces
+SlurmctldHost={login}({address})
+SlurmUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket=/run/munge.socket
+StateSaveLocation=/tmp/slurmctld
+SlurmdSpoolDir=/tmp/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile=/tmp/slurmctld.log
+SlurmdLogFile=/tmp/slurmd.log
+ProctrackType={tracking}
+TaskPlugin=task/affinity
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout={slurmd_timeout_s}
+KillWait=30
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES State=UP OverTimeLimit=0
+"""
+# A branch of the machine's freezer cgroups in the place of the whole tree.
+_OWN_CGROUPS = """\
+mkdir -p /run/cgroup/freezer /run/cgroup/all && mount -t cgroup -o freezer cgroup /run/cgroup/all &&
+mkdir -p /run/cgroup/all/{name} && mount --bind /run/cgroup/all/{name} /run/cgroup/freezer"""
+
+
+def missing() -> str:
+    """What keeps this machine from being a Slurm cluster, in one line; empty where nothing does."""
+    path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin"
+    packages = sorted({package for name, package in _NEEDED.items() if not shutil.which(name, path=path)})
+    return f"apt-get install {' '.join(packages)}" if packages else network.missing()
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A Slurm cluster and a user at its login host, in a folder that all hosts share.
+
+    Attributes:
+        lan: with a host `login`; all others are compute nodes.
+        tracking: plugin by which Slurm tells a job's processes.
+        slurmd_timeout_s: after which a node that does not answer is lost.
+    """
+
+    lan: Lan
+    tracking: str = "proctrack/cgroup"
+    slurmd_timeout_s: int = 20
+
+    @property
+    def login(self) -> Host:
+        return self.lan[LOGIN]
+
+    @property
+    def nodes(self) -> list[Host]:
+        return [host for name, host in self.lan.hosts.items() if name != LOGIN]
+
+    @property
+    def folder(self) -> Path:
+        """The user's checkout as this machine sees it; /srv/checkout on the hosts."""
+        return self.lan.storage / "checkout"
+
+    def up(self, pace_s: float) -> None:
+        """Start the daemons and furnish the user's checkout; `pace_s` is the wait of a step, seconds."""
+        shared = self.lan.storage
+        (shared / "site").mkdir()
+        (shared / "site" / "sitecustomize.py").write_text(SLOW_STEPS.format(pace_s=pace_s))
+        (shared / "munge.key").write_bytes(secrets.token_bytes(64))
+        (shared / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/run/cgroup\n")
+        cores = os.cpu_count()
+        nodes = "\n".join(
+            f"NodeName={host.name} NodeAddr={host.address} CPUs={cores} RealMemory=1000 State=UNKNOWN"
+            for host in self.nodes
+        )
+        text = _CONFIGURATION.format(
+            login=LOGIN,
+            address=self.login.address,
+            tracking=self.tracking,
+            slurmd_timeout_s=self.slurmd_timeout_s,
+            nodes=nodes,
+        )
+        (shared / "slurm.conf").write_text(text)
+        self.folder.mkdir()
+        (self.folder / "cluster").symlink_to(CHECKOUT / "cluster")
+        (self.folder / ".venv").symlink_to(sys.prefix)
+        self.start(self.login)
+        for host in self.nodes:
+            self.start(host)
+        wait_for(lambda: self.idle() == len(self.nodes), 30.0, "all nodes are idle")
+
+    def start(self, host: Host) -> None:
+        """Start Slurm's daemons on a host that is on."""
+        host.run("install -m 600 /srv/munge.key /run/munge.key")
+        files = " ".join(f"--{name}-file=/run/munged.{name}" for name in ("pid", "seed", "log"))
+        host.run(f"munged --force --key-file=/run/munge.key --socket=/run/munge.socket {files}")
+        if self.tracking == "proctrack/cgroup":
+            host.run(_OWN_CGROUPS.format(name=f"{self.lan.folder.name}-{host.name}"))
+        daemon = "slurmctld" if host is self.login else f"slurmd -f /srv/slurm.conf -N {host.name}"
+        host.run(f"mkdir -p /tmp/slurmctld /tmp/slurmd && {daemon}")
+
+    def idle(self) -> int:
+        """Nodes that wait for a job."""
+        return int(self.login.run("sinfo -h -t idle -o %D", check=False).stdout.strip() or 0)
+
+    def submit(self, *words: str) -> int:
+        """`sbatch` in the user's checkout; the job's number."""
+        said = self.login.run("cd /srv/checkout && sbatch --parsable", *words).stdout
+        return int(said.strip().splitlines()[-1])
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says: `JobState`, `ExitCode`, `Restarts` and more."""
+        said = self.login.run(f"scontrol show job {number}").stdout
+        return dict(re.findall(r"(\w+)=(\S*)", said))
+
+    def state(self, number: int) -> str:
+        return self.job(number)["JobState"]
+
+    def log(self, number: int) -> str:
+        """What a job has written for its user."""
+        file = self.folder / f"tunebench-{number}.log"
+        return file.read_text() if file.exists() else ""
+
+    def processes(self) -> dict[str, list[str]]:
+        """Command lines on the nodes that are on, by node, without Slurm's own."""
+        own = re.compile(r"(/usr/s?bin/)?(munged|slurmd|slurmctld|slurmstepd:)\b|sleep 1$")
+        return {
+            host.name: [line for line in host.processes().values() if not own.match(line)]
+            for host in self.nodes
+            if host.init is not None
+        }
+
+    def left(self, patience_s: float) -> dict[str, list[str]]:
+        """What still runs on the nodes when nothing should, at the latest after some seconds."""
+        until = time.monotonic() + patience_s
+        while any(self.processes().values()) and time.monotonic() < until:
+            time.sleep(0.5)
+        return self.processes()
