@@ -12,16 +12,18 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import lan as network
 from tests.cluster.deployment import SLOW_STEPS, wait_for
-from tests.cluster.lan import CHECKOUT, Host, Lan
+from tests.cluster.lan import CHECKOUT, Host, Lan, local_network
 
 LOGIN = "login"
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
-# A lost node is noticed within half a minute, not after five.
+# A lost node is noticed within some twenty seconds, not after five minutes.
 _CONFIGURATION = """\
 ClusterName=namespaces
 SlurmctldHost={login}({address})
@@ -47,10 +49,11 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES State=UP OverTimeLimit=0
 """
-# A branch of the machine's freezer cgroups in the place of the whole tree.
+# A branch of the machine's freezer cgroups in the place of the whole tree, and its end.
 _OWN_CGROUPS = """\
 mkdir -p /run/cgroup/freezer /run/cgroup/all && mount -t cgroup -o freezer cgroup /run/cgroup/all &&
 mkdir -p /run/cgroup/all/{name} && mount --bind /run/cgroup/all/{name} /run/cgroup/freezer"""
+_NO_CGROUPS = "test ! -e /run/cgroup/all/{name} || find /run/cgroup/all/{name} -depth -type d -exec rmdir {{}} \\;"
 
 
 def missing() -> str:
@@ -66,13 +69,11 @@ class Slurm:
 
     Attributes:
         lan: with a host `login`; all others are compute nodes.
-        tracking: plugin by which Slurm tells a job's processes.
         slurmd_timeout_s: after which a node that does not answer is lost.
     """
 
     lan: Lan
-    tracking: str = "proctrack/cgroup"
-    slurmd_timeout_s: int = 20
+    slurmd_timeout_s: int = 10
 
     @property
     def login(self) -> Host:
@@ -94,6 +95,8 @@ class Slurm:
         (shared / "site" / "sitecustomize.py").write_text(SLOW_STEPS.format(pace_s=pace_s))
         (shared / "munge.key").write_bytes(secrets.token_bytes(64))
         (shared / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/run/cgroup\n")
+        # what most sites have; it needs the first version of cgroups
+        by_cgroup = self._own_cgroups(self.login)
         cores = os.cpu_count()
         nodes = "\n".join(
             f"NodeName={host.name} NodeAddr={host.address} CPUs={cores} RealMemory=1000 State=UNKNOWN"
@@ -102,7 +105,7 @@ class Slurm:
         text = _CONFIGURATION.format(
             login=LOGIN,
             address=self.login.address,
-            tracking=self.tracking,
+            tracking="proctrack/cgroup" if by_cgroup else "proctrack/linuxproc",
             slurmd_timeout_s=self.slurmd_timeout_s,
             nodes=nodes,
         )
@@ -120,10 +123,25 @@ class Slurm:
         host.run("install -m 600 /srv/munge.key /run/munge.key")
         files = " ".join(f"--{name}-file=/run/munged.{name}" for name in ("pid", "seed", "log"))
         host.run(f"munged --force --key-file=/run/munge.key --socket=/run/munge.socket {files}")
-        if self.tracking == "proctrack/cgroup":
-            host.run(_OWN_CGROUPS.format(name=f"{self.lan.folder.name}-{host.name}"))
+        self._own_cgroups(host)
         daemon = "slurmctld" if host is self.login else f"slurmd -f /srv/slurm.conf -N {host.name}"
         host.run(f"mkdir -p /tmp/slurmctld /tmp/slurmd && {daemon}")
+
+    def down(self) -> None:
+        """End the compute nodes and take away what they have left in the machine's cgroups."""
+        for host in self.nodes:
+            self.lan.crash(host.name)
+        if self.login.init is not None:
+            for host in self.lan.hosts.values():
+                leave = _NO_CGROUPS.format(name=self._branch(host))
+                wait_for(lambda leave=leave: self.login.run(leave, check=False).returncode == 0, 10.0, leave)
+
+    def _own_cgroups(self, host: Host) -> bool:
+        """Whether a host has a branch of the machine's cgroups for its jobs, made where it is not there."""
+        return host.run(_OWN_CGROUPS.format(name=self._branch(host)), check=False).returncode == 0
+
+    def _branch(self, host: Host) -> str:
+        return f"slurm-{self.lan.folder.name}-{host.name}"
 
     def idle(self) -> int:
         """Nodes that wait for a job."""
@@ -141,6 +159,10 @@ class Slurm:
 
     def state(self, number: int) -> str:
         return self.job(number)["JobState"]
+
+    def over(self, number: int) -> bool:
+        """Whether a job has ended and its nodes are free."""
+        return self.state(number) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
 
     def log(self, number: int) -> str:
         """What a job has written for its user."""
@@ -162,3 +184,16 @@ class Slurm:
         while any(self.processes().values()) and time.monotonic() < until:
             time.sleep(0.5)
         return self.processes()
+
+
+@contextmanager
+def slurm_cluster(folder: Path, nodes: Iterable[str], pace_s: float) -> Iterator[Slurm]:
+    """A Slurm cluster with these compute nodes, whose study's steps wait a while each, seconds."""
+    names = [LOGIN, *nodes]
+    with local_network(folder, names, on=names, SLURM_CONF="/srv/slurm.conf") as lan:
+        slurm = Slurm(lan)
+        try:
+            slurm.up(pace_s)
+            yield slurm
+        finally:
+            slurm.down()
