@@ -45,6 +45,8 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout={slurmd_timeout_s}
 KillWait=30
+MessageTimeout=5
+TCPTimeout=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES State=UP OverTimeLimit=0
@@ -73,7 +75,7 @@ class Slurm:
     """
 
     lan: Lan
-    slurmd_timeout_s: int = 10
+    slurmd_timeout_s: int = 5
 
     @property
     def login(self) -> Host:
