@@ -149,6 +149,13 @@ class Slurm:
         """Nodes that wait for a job."""
         return int(self.login.run("sinfo -h -t idle -o %D", check=False).stdout.strip() or 0)
 
+    def describe(self, nodes: int, cpus: int) -> Path:
+        """Write `job.sbatch` into the checkout as a user does; the file as this machine sees it."""
+        answers = {"partition": "batch", "nodes": nodes, "gpus": 0, "cpus": cpus, "storage": "/srv/tunebench"}
+        given = " ".join(f"--answer {name}={value}" for name, value in answers.items())
+        self.login.run(f"cd /srv/checkout && tunebench cluster init --kind slurm {given} --out job.sbatch --json")
+        return self.folder / "job.sbatch"
+
     def submit(self, *words: str) -> int:
         """`sbatch` in the user's checkout; the job's number."""
         said = self.login.run("cd /srv/checkout && sbatch --parsable", *words).stdout

@@ -56,10 +56,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with slurm_cluster(tmp_path_factory.mktemp("slurm"), ["n1", LOST, SPARE], pace_s=0.15) as slurm:
         told = Story(slurm)
         write_study(slurm.folder / "study.yaml", seed=0, max_steps=30)
-        answers = {"partition": "batch", "nodes": 2, "gpus": 0, "cpus": os.cpu_count(), "storage": "/srv/tunebench"}
-        given = " ".join(f"--answer {name}={value}" for name, value in answers.items())
-        slurm.login.run(f"cd /srv/checkout && tunebench cluster init --kind slurm {given} --out job.sbatch --json")
-        script = slurm.folder / "job.sbatch"
+        script = slurm.describe(nodes=2, cpus=os.cpu_count() or 1)
         script.write_text(hastened(script.read_text()))
         tell_to_end(told)
         lose_a_node(told)
