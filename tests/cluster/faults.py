@@ -47,9 +47,9 @@ class Cost:
     seen: str
 
 
-def write_study(file: Path, seed: int) -> None:
+def write_study(file: Path, seed: int, max_steps: int = 60) -> None:
     """A study of four trials; each seed has a run directory of its own."""
-    workload = {**STUDY["workloads"][0], "max_steps": 60, "evaluate_every_steps": 10}
+    workload = {**STUDY["workloads"][0], "max_steps": max_steps, "evaluate_every_steps": 10}
     resources = {**STUDY["resources"], "concurrent_trials": 2}
     stages = {"tune": {"trials_per_arm": 1, "asha": None}, "confirm": {"top_k": 1, "seeds": 1}}
     study = {**STUDY, "name": "faults", "seed": seed, "workloads": [workload], "resources": resources, **stages}

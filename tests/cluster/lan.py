@@ -204,8 +204,11 @@ class Lan:
 
 
 @contextmanager
-def local_network(folder: Path, names: Iterable[str], on: Iterable[str]) -> Iterator[Lan]:
-    """A network whose hosts see this checkout and this Python at their own places; `on` are put on at once."""
+def local_network(folder: Path, names: Iterable[str], on: Iterable[str], **variables: str) -> Iterator[Lan]:
+    """A network whose hosts see this checkout and this Python at their own places; `on` are put on at once.
+
+    `variables` come to the environment of every login shell.
+    """
     shared = dict.fromkeys(map(Path, (sys.base_prefix, sys.prefix, CHECKOUT)))
     system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     environment = {
@@ -214,6 +217,7 @@ def local_network(folder: Path, names: Iterable[str], on: Iterable[str]) -> Iter
         "PYTHONDONTWRITEBYTECODE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # otherwise whatever else this machine does comes before all trials
+        **variables,
     }
     lan = Lan(folder, list(names), list(shared), environment)
     try:

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.deployment import wait_for
 from tests.cluster.lan import CHECKOUT
 from tests.tuning.conftest import STUDY, write_study
-from tunebench.cluster.launch import STORAGE_VARIABLE, driver_command, main, run_folder
+from tunebench.cluster.launch import STORAGE_VARIABLE, _how_to_go_on, driver_command, main, run_folder
 from tunebench.study.errors import RunError
 from tunebench.study.lock import LOCK, is_held
 
@@ -182,3 +182,10 @@ def test_several_drivers_are_started_by_one_command(tmp_path: Path) -> None:
 def test_waiting_says_what_did_not_come(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not within 0 s: the impossible"):
         wait_for(lambda: False, 0.0, "the impossible")
+
+
+def test_a_job_of_slurm_is_told_that_its_driver_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "the driver goes on by itself" in _how_to_go_on(tmp_path, tmp_path / "launch.log")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert "the driver ends with job 17" in _how_to_go_on(tmp_path, tmp_path / "launch.log")

@@ -158,6 +158,7 @@ def test_an_answer_that_looks_like_an_example_stays_as_it_is() -> None:
         ),
         (Kind.ONPREM, ["head=h", "workers=x", "user=u;id"], "answer user: found 'u;id'"),
         (Kind.SLURM, ["partition=p", "nodes=0"], "answer nodes: found '0', allowed: a count from 1"),
+        (Kind.SLURM, ["partition=p", "gpus=-1"], "answer gpus: found '-1', allowed: a count, 0 for cores alone"),
         (Kind.SLURM, ["partition=p", "gpu=1"], "answer gpu: found no such question for slurm, allowed: partition"),
         (Kind.AWS, ["image"], "--answer: found 'image', allowed: NAME=VALUE"),
         (Kind.AWS, ["image=a", "image=b"], "--answer: found 'image=b', allowed: NAME=VALUE, every name once"),

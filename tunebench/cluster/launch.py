@@ -190,6 +190,12 @@ def _variable(pair: str) -> tuple[str, str]:
 
 
 def _how_to_go_on(run: Path, output: Path) -> str:
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return (
+            f"run directory: {run}\n"
+            f"the driver ends with job {job}; its output is in {output}\n"
+            f"from a machine that sees it: tunebench status {run}, likewise watch, pause, drain, cancel"
+        )
     return (
         f"run directory: {run}\n"
         f"the driver goes on by itself; its output is in {output}\n"
@@ -228,3 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-follow", dest="follow", action="store_false", help="return as soon as the driver has been started"
     )
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

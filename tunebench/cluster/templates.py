@@ -269,8 +269,8 @@ QUESTIONS: Mapping[Kind, tuple[Question, ...]] = {
             name="gpus",
             asks="GPUs of a node",
             example="4",
-            allowed="a count from 1",
-            form=_COUNT,
+            allowed="a count, 0 for cores alone",
+            form=rf"0|{_COUNT}",
             places=("--gpus-per-node={}",),
         ),
         Question(
