@@ -30,8 +30,7 @@ from tunebench.workloads.trained_model import RECORD, read_record
 FOLDER = "bases"
 SCHEMA_VERSION = 1
 
-# What a training would need to go on; these models are trained to their end.
-_LEFT_OUT = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
+_LOOPS = "loops"  # where Lightning's training stood; these models are trained to their end
 
 Say = Callable[[str], None]
 
@@ -166,6 +165,6 @@ def _record(resolved: ResolvedStudy, task: TrialTask, last: Evaluation) -> dict[
 
 def _write(out: Path, final: Path, record: Mapping[str, Any]) -> None:
     checkpoint = torch.load(final, map_location="cpu", weights_only=False)
-    kept = {name: value for name, value in checkpoint.items() if name not in _LEFT_OUT}
+    kept = {name: value for name, value in checkpoint.items() if name != _LOOPS}
     with replacing(out) as partial:
         torch.save({**kept, RECORD: dict(record)}, partial)

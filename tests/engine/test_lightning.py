@@ -190,7 +190,7 @@ def test_a_kill_before_the_final_checkpoint_repeats_the_last_stretch_and_writes_
     class Killed(BaseException):
         pass
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **options: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -242,7 +242,7 @@ class _Trial(lightning.Callback):
             with replacing(
                 self.book.folder / FINAL
             ) as partial:  # before the checkpoint that says the trial is finished
-                trainer.save_checkpoint(partial)
+                trainer.save_checkpoint(partial, weights_only=True)
         return {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -185,8 +185,9 @@ class Tenant:
             group["train_mode"] = True
 
     def _write_final(self) -> None:
-        module = trial_module(self.task, self._config, info_dict(self.task, self._config))
-        module.load_state_dict(self._module.state_dict())
+        """NequIP's own checkpoint of the state that was filled in, without the optimizer's; others share the module."""
+        own = {name: value for name, value in self._config.items() if name != "_target_"}
+        self._module.hparams.update(own, info_dict=info_dict(self.task, self._config))
         trainer = lightning.Trainer(
             accelerator="cpu",
             logger=False,
@@ -194,13 +195,12 @@ class Tenant:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.strategy.connect(module)
-        module.trainer = trainer
-        optimizer = module.configure_optimizers()["optimizer"]
-        optimizer.load_state_dict(self._optimizer.state_dict())
-        trainer.strategy.optimizers = [optimizer]
+        trainer.strategy.connect(self._module)
+        self._module.trainer = trainer
+        trainer.strategy.optimizers = [self._optimizer]
         with replacing(self.book.folder / FINAL) as partial:
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(partial, weights_only=True)
+        self._module.trainer = None  # the shared module holds no finished trial's optimizer
 
 
 class ModuleShelf:
