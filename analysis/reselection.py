@@ -8,6 +8,7 @@ of places has a closed form, so no draws are needed here; `nested_bootstrap` dra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,11 @@ EXCESS = 4.0 / 3.0
 
 With q = 1/e the drawn best has place k with probability (1 - q) q^(k - 1), which gives a variance of
 q / (1 - q)^2 + q / (1 - q) - q^2 / (1 - q^2) squared spacings, where the true variance is one.
+"""
+BLOWN_UP = 100.0
+"""Times the lowest error of two arms; a seed above it has failed as one that ended in NaN has, whatever its number.
+
+A trial may end with 1e5 eV/Å, which is finite. As a number it would drown every other difference.
 """
 FAILED_FACTOR = 1.5
 """Weight of the variance over all confirmed configurations alike, where seeds failed; by the same simulation."""
@@ -143,8 +149,8 @@ def luck_of_search(
 def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]) -> float | None:
     """Search variance of the difference of two arms over common seeds, from their confirmed configurations.
 
-    A failed seed of a confirmed configuration that is not the arm's best counts as the worst finite error of the two
-    arms, for an infinite one would say that nothing at all is known.
+    A failed seed of a confirmed configuration that is not the arm's best counts as the worst error of the two arms that
+    is not blown up, for an infinite one would say that nothing at all is known.
 
     Returns:
         ``None`` where there is nothing to re-select: fewer than two configurations to draw from, a single confirmed one
@@ -156,15 +162,22 @@ def paired_search_variance(first: Search, second: Search, seeds: tuple[int, ...]
     tables = [_table(search, seeds, own) for search, own in zip((first, second), kept, strict=True)]
     if min(map(len, kept)) < 2 or len(seeds) < 2 or min(map(len, tables)) == 0 or max(map(len, tables)) < 2:
         return None
-    finite = np.concatenate([table[np.isfinite(table)] for table in tables])
-    if not len(finite):
+    worst = _worst(np.concatenate([table.ravel() for table in tables]))
+    if worst is None:
         return None
     places = min(max(map(len, tables)), *map(len, kept))
-    clipped = [np.minimum(_padded(table, places), finite.max()) for table in tables]
+    clipped = [np.minimum(_padded(table, places), worst) for table in tables]
     weights = _common_places(first, second, common, places) if together else _independent_places(first, second, places)
     differences = clipped[0][:, None, :] - clipped[1][None, :, :]
-    failed = np.asarray(any(np.isinf(table).any() for table in tables))
+    failed = np.asarray(any((table > worst).any() for table in tables))
     return float(luck_of_search(differences, weights, failed))
+
+
+def _worst(errors: Floats) -> float | None:
+    """The largest error that is not blown up; ``None`` where all failed."""
+    lowest = errors[errors > 0.0].min(initial=math.inf)
+    sound = errors[np.isfinite(errors) & (errors <= BLOWN_UP * lowest)]
+    return float(sound.max()) if len(sound) else None
 
 
 def _common_places(first: Search, second: Search, common: set[int], places: int) -> Floats:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,18 @@ def test_failed_seeds_make_the_search_less_certain() -> None:
     assert finite is not None
     assert uncertain is not None
     assert uncertain > finite
+
+
+def test_a_seed_that_blew_up_has_failed_whatever_its_number() -> None:
+    sound, seeds = {0: 10.0, 1: 11.0, 2: 12.0}, (0, 1, 2)
+    other = Search(order=(0, 1, 2), confirmed=(sound, {0: 13.0, 1: 14.0, 2: 15.0}), tuned=(20.0,))
+    variances = [
+        paired_search_variance(replace(other, confirmed=(sound, {**sound, 1: error})), other, seeds)
+        for error in (math.inf, 1e7, 1001.0)
+    ]
+    assert len(set(variances)) == 1
+    assert variances[0] is not None
+    assert 0.0 < variances[0] < 100.0
 
 
 def test_identical_configurations_have_no_luck_and_a_single_one_no_variance() -> None:
