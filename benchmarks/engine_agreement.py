@@ -1,16 +1,18 @@
-"""Whether a cohort in float32 trains as the lightning engine does, as nearly as the lightning engine repeats itself.
+"""Whether a cohort trains as the lightning engine does, as nearly as the lightning engine repeats itself.
 
 On a GPU sums come in another order in every run, so two lightning runs of one trial differ, too, and the difference
 grows with the steps. Each trial is run several times by the lightning engine and by a cohort, from the same weights,
 over the same batches; neighbours in the cohort are the trials of the other optimizers. Further lightning runs are
-nudged: they begin with every weight moved to one of its two neighbours in float32, a rounding that each operation may
-bring where it is done in another way, as a cohort does all of them.
+nudged: they begin with every weight moved to one of its two neighbours in its precision, a rounding that each operation
+may bring where it is done in another way, as a cohort does all of them.
 
 The distance of two runs is the largest relative difference of their training losses (means between evaluations), or of
 their validation force errors, over all evaluations. Printed are the distances among lightning runs, among them and the
 nudged, among cohorts, and from cohorts to lightning runs that are not nudged.
 
     python benchmarks/engine_agreement.py --device cuda --data threebpa --models nequip-small --out OUT [--json FILE]
+
+In float32, as models are trained; with `--dtype float64` rounding has no time to grow, and what remains is a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,11 +147,19 @@ class Runs:
         }
 
 
-def tasks_of(setup: throughput.Setup, model: str, batch_size: int, run: Path) -> list[TrialTask]:
+def tasks_of(arguments: argparse.Namespace, setup: throughput.Setup, model: str, run: Path) -> list[TrialTask]:
     """A trial of each optimizer, evaluated every so many steps."""
-    cell = throughput.Cell(model, batch_size, "cohort", len(throughput.MIX), "mixed", setup.device == "cuda", 0)
+    cell = throughput.Cell(
+        model, arguments.batch_size, "cohort", len(throughput.MIX), "mixed", setup.device == "cuda", 0
+    )
     steps = tuple(range(setup.evaluate_every, setup.horizon + 1, setup.evaluate_every))
-    return [throughput.make_task(setup, cell, index, run, steps) for index in range(len(throughput.MIX))]
+    tasks = [throughput.make_task(setup, cell, index, run, steps) for index in range(len(throughput.MIX))]
+    return [_in_precision(task, arguments.dtype) for task in tasks]
+
+
+def _in_precision(task: TrialTask, dtype: str) -> TrialTask:
+    model = task.workload.model.model_copy(update={"dtype": dtype})
+    return replace(task, workload=task.workload.model_copy(update={"model": model}))
 
 
 def by_cohort(tasks: Sequence[TrialTask], cache: Path, *, compiled: bool) -> list[Curve]:
@@ -195,7 +205,7 @@ def runs_of(arguments: argparse.Namespace, setup: throughput.Setup, model: str) 
     """All runs of each optimizer's trial, as soon as they are done."""
 
     def tasks() -> list[TrialTask]:  # each run in a folder of its own, so that none goes on with another's checkpoint
-        return tasks_of(setup, model, arguments.batch_size, Path(tempfile.mkdtemp(dir=folder)))
+        return tasks_of(arguments, setup, model, Path(tempfile.mkdtemp(dir=folder)))
 
     def repeated(index: int, seeds: Iterable[int | None]) -> list[Curve]:
         curves = []
@@ -226,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", choices=list(throughput.STUDIES), default="ethanol")
     parser.add_argument("--models", nargs="+", choices=list(throughput.MODELS), default=["nequip-small"])
     parser.add_argument("--optimizers", nargs="+", choices=throughput.MIX, default=list(throughput.MIX))
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--batch-size", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="of each trial")
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
