@@ -109,8 +109,9 @@ class NodeWatch:
             return
         self._looked_at, self._nodes = now, alive_nodes()
         alive = {node["NodeID"]: node for node in self._nodes}
-        # Ray 2.60 has no public way to ask; its own Ray Train asks here
-        self._draining = frozenset(ray._private.state.state.get_draining_nodes()) & alive.keys()
+        # Ray 2.60 has no public way to ask; its own Ray Train asks here. A node that has gone since `alive_nodes` was
+        # asked is not among them any more: what was to go once, goes.
+        self._draining = (self._draining | frozenset(ray._private.state.state.get_draining_nodes())) & alive.keys()
         for name in self._draining:
             self._tell_once(f"node {address_of(alive[name])}: it is being drained, its trials go on elsewhere")
 
