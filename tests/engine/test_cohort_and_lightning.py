@@ -27,6 +27,7 @@ from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import FINAL, checkpoint_folder
 from tunebench.engine.errors import split_errors
 from tunebench.engine.lightning import run_trial
+from tunebench.engine.nequip_config import training_module
 from tunebench.engine.task import Evaluation, TrialTask
 from tunebench.study.record import ERROR_PARTS, Reason, Stage
 from tunebench.study.search_space import available_optimizers
@@ -270,3 +271,14 @@ def test_the_final_checkpoint_of_a_cohort_opens_with_nequips_own_tools_and_holds
     measured_last = reports[-1].errors["test"]
     assert errors == pytest.approx(measured_last[task.averaged], rel=1e-6)
     assert errors != pytest.approx(measured_last["raw"], rel=1e-6)
+
+
+def test_the_final_checkpoint_of_every_neighbour_tells_of_its_own_trial(mixed: Mixed) -> None:
+    for task, _ in mixed.values():
+        saved = torch.load(
+            checkpoint_folder(task.run, task.key.trial_id) / FINAL, map_location="cpu", weights_only=False
+        )
+        own = training_module(task)
+        assert saved["hyper_parameters"]["optimizer"] == own["optimizer"], task.key.trial_id
+        assert saved["hyper_parameters"]["info_dict"]["training_module"]["optimizer"] == own["optimizer"]
+        assert "optimizer_states" not in saved

@@ -99,9 +99,13 @@ def build_module(
     Raises:
         TypeError, AssertionError: arguments that NequIP's builder refuses.
     """
-    arguments = {name: value for name, value in config.items() if name != "_target_"}
     kind = ScheduleFreeModule if averaged is Readout.SCHEDULE_FREE else EMAModule
     sizes = {"train": 1, "val": 1, "test": 1, "predict": 0}
-    module = kind(num_datasets=sizes, info_dict=info, **arguments)
+    module = kind(num_datasets=sizes, info_dict=info, **module_arguments(config))
     module.loss_weights = weights
     return module
+
+
+def module_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What a `training_module` section says of its module, which keeps it as its hyperparameters."""
+    return {name: value for name, value in config.items() if name != "_target_"}

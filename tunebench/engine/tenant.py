@@ -17,7 +17,7 @@ import torch
 
 from tunebench.engine.book import TrialBook
 from tunebench.engine.checkpoints import FINAL
-from tunebench.engine.modules import trial_module
+from tunebench.engine.modules import module_arguments, trial_module
 from tunebench.engine.nequip_config import info_dict, training_module
 from tunebench.engine.promise import check_groups
 from tunebench.engine.schedules import schedule_factor
@@ -186,7 +186,7 @@ class Tenant:
 
     def _write_final(self) -> None:
         """NequIP's own checkpoint of the state that was filled in, without the optimizer's; others share the module."""
-        own = {name: value for name, value in self._config.items() if name != "_target_"}
+        own = module_arguments(self._config)
         self._module.hparams.update(own, info_dict=info_dict(self.task, self._config))
         trainer = lightning.Trainer(
             accelerator="cpu",
