@@ -1,7 +1,7 @@
 """One Tune trial of the `lightning` engine, in its own process.
 
-Actors are reused: a process imports NequIP once and then trains trial after trial; whatever
-a trial depends on is set from its task, and the engine leaves no state that the next trial would see.
+Actors are reused: a process imports NequIP once and then trains trial after trial; whatever a trial depends on is set
+from its task, and the engine leaves no state that the next trial would see.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ray import tune
 
 from tunebench.engine.watchdog import Watchdog
 from tunebench.tuning.devices import kind_of_node
+from tunebench.tuning.node_checks import alive_nodes
 from tunebench.tuning.node_copy import task_here
 from tunebench.tuning.tenancy import DEVICE, for_tune
 from tunebench.tuning.trial_log import log_to, stall_file, trial_log
@@ -67,7 +68,5 @@ def _report(evaluation: Evaluation, kind: str) -> None:
 @cache
 def _kind_here(device: str) -> str:
     """Kind of this node's devices."""
-    from tunebench.tuning.node_checks import alive_nodes
-
     own = ray.get_runtime_context().get_node_id()
     return next(kind_of_node(node["Resources"], device) for node in alive_nodes() if node["NodeID"] == own)
