@@ -4,11 +4,12 @@ On a GPU sums come in another order in every run, so two lightning runs of one t
 grows with the steps. Each trial is run several times by the lightning engine and by a cohort, from the same weights,
 over the same batches; neighbours in the cohort are the trials of the other optimizers. Further lightning runs are
 nudged: they begin with every weight moved to one of its two neighbours in its precision, a rounding that each operation
-may bring where it is done in another way, as a cohort does all of them.
+may bring where it is done in another way, as a cohort does all of them. And others run as NequIP compiles a model
+itself (`compile_mode: compile`), which does them in another way at every step.
 
 The distance of two runs is the largest relative difference of their training losses (means between evaluations), or of
 their validation force errors, over all evaluations. Printed are the distances among lightning runs, among them and the
-nudged, among cohorts, and from cohorts to lightning runs that are not nudged.
+nudged, among them and the compiled, among cohorts, and from cohorts to the plain lightning runs.
 
     python benchmarks/engine_agreement.py --device cuda --data threebpa --models nequip-small --out OUT [--json FILE]
 
@@ -24,7 +25,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,9 +72,10 @@ class Agreement:
     Attributes:
         measure: what differs.
         lightning: among lightning runs that are alike.
-        nudged: among all lightning runs, of which one or both are nudged.
+        nudged: among lightning runs, of which one or both are nudged.
+        compiled: among lightning runs, of which one or both are compiled by NequIP.
         cohorts: among cohorts.
-        departure: from cohorts to lightning runs that are not nudged.
+        departure: from cohorts to lightning runs that are neither.
     """
 
     model: str
@@ -81,18 +83,19 @@ class Agreement:
     measure: str
     lightning: Range
     nudged: Range
+    compiled: Range
     cohorts: Range
     departure: Range
 
     @property
     def within(self) -> bool:
         """Whether the usual distance of a cohort is no larger than the largest between two lightning runs."""
-        return self.departure.median <= max(self.lightning.largest, self.nudged.largest)
+        return self.departure.median <= max(each.largest for each in (self.lightning, self.nudged, self.compiled))
 
     def __str__(self) -> str:
         return (
             f"{self.model}, {self.optimizer}, {self.measure}: lightning runs {self.lightning}, nudged {self.nudged}, "
-            f"cohorts {self.cohorts}, cohort to lightning {self.departure}, "
+            f"compiled {self.compiled}, cohorts {self.cohorts}, cohort to lightning {self.departure}, "
             f"{'within' if self.within else 'OUTSIDE'} the spread"
         )
 
@@ -120,19 +123,24 @@ class Runs:
 
     lightning: Sequence[Curve]
     nudged: Sequence[Curve]
+    compiled: Sequence[Curve]
     cohorts: Sequence[Curve]
 
     def compared(self, model: str, optimizer: str) -> list[Agreement]:
         """By every measure."""
         pairs = itertools.combinations
-        beside = [*itertools.product(self.lightning, self.nudged), *pairs(self.nudged, 2)]
+
+        def beside(others: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
+            return [*itertools.product(self.lightning, others), *pairs(others, 2)]
+
         return [
             Agreement(
                 model=model,
                 optimizer=optimizer,
                 measure=measure,
                 lightning=Range.of(distance, pairs(self.lightning, 2)),
-                nudged=Range.of(distance, beside),
+                nudged=Range.of(distance, beside(self.nudged)),
+                compiled=Range.of(distance, beside(self.compiled)),
                 cohorts=Range.of(distance, pairs(self.cohorts, 2)),
                 departure=Range.of(distance, itertools.product(self.cohorts, self.lightning)),
             )
@@ -154,12 +162,17 @@ def tasks_of(arguments: argparse.Namespace, setup: throughput.Setup, model: str,
     )
     steps = tuple(range(setup.evaluate_every, setup.horizon + 1, setup.evaluate_every))
     tasks = [throughput.make_task(setup, cell, index, run, steps) for index in range(len(throughput.MIX))]
-    return [_in_precision(task, arguments.dtype) for task in tasks]
+    return [_with_model(task, {"dtype": arguments.dtype}) for task in tasks]
 
 
-def _in_precision(task: TrialTask, dtype: str) -> TrialTask:
-    model = task.workload.model.model_copy(update={"dtype": dtype})
+def _with_model(task: TrialTask, changes: Mapping[str, Any]) -> TrialTask:
+    model = task.workload.model.model_copy(update=dict(changes))
     return replace(task, workload=task.workload.model_copy(update={"model": model}))
+
+
+def compiled_by_nequip(task: TrialTask) -> TrialTask:
+    """The same trial with NequIP's own compilation of its model."""
+    return _with_model(task, {"arguments": {**task.workload.model.arguments, "compile_mode": "compile"}})
 
 
 def by_cohort(tasks: Sequence[TrialTask], cache: Path, *, compiled: bool) -> list[Curve]:
@@ -224,6 +237,7 @@ def runs_of(arguments: argparse.Namespace, setup: throughput.Setup, model: str) 
                 Runs(
                     lightning=repeated(index, [None] * arguments.repeats),
                     nudged=repeated(index, range(arguments.nudged)),
+                    compiled=[by_lightning(compiled_by_nequip(tasks()[index])) for _ in range(arguments.compiled)],
                     cohorts=[curves[index] for curves in cohorts],
                 ),
             )
@@ -242,6 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--repeats", type=int, default=2, help="lightning runs of each trial, at least 2")
     parser.add_argument("--nudged", type=int, default=2, help="further lightning runs, from weights one rounding apart")
+    parser.add_argument("--compiled", type=int, default=1, help="further lightning runs, compiled as NequIP does it")
     parser.add_argument("--cohorts", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache of compiled graphs")
