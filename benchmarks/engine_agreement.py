@@ -39,10 +39,7 @@ from tunebench.engine.cohort import Cohort
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.modules import trial_module
 from tunebench.engine.task import Evaluation, TrialTask
-from tunebench.study.installed import shipped_folder
 from tunebench.study.record import Readout, Split
-from tunebench.study.resolve import resolve
-from tunebench.workloads.data import prepare
 
 Curve = list[Evaluation]
 Distance = Callable[[Curve, Curve], float]
@@ -272,10 +269,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print every comparison; exit code 1 where a cohort lies outside the spread of lightning's runs."""
     arguments = parse_arguments()
-    study = resolve(shipped_folder("studies") / throughput.STUDIES[arguments.data]).study
+    study, data = throughput.study_and_data(arguments.data)
     setup = throughput.Setup(
         study=study,
-        data=prepare(study.workloads[0].data, progress=print),
+        data=data,
         device=arguments.device,
         threads=arguments.threads,
         evaluate_every=arguments.every,

@@ -967,18 +967,28 @@ def _listed(
     return values
 
 
+def study_and_data(name: str) -> tuple[Study, PreparedData]:
+    """The study behind `--data`, and its first workload's data.
+
+    Raises:
+        StudyError, WorkloadError: no data.
+    """
+    study = resolve(shipped_folder("studies") / STUDIES[name]).study
+    return study, prepare(study.workloads[0].data, progress=print)
+
+
 def make_setup(arguments: argparse.Namespace, out: Path) -> Setup:
     """The data of the study, and what the command says.
 
     Raises:
         StudyError, WorkloadError: no data.
     """
-    study = resolve(shipped_folder("studies") / STUDIES[arguments.data]).study
+    study, data = study_and_data(arguments.data)
     every = arguments.evaluate_every
     periods = max((arguments.horizon - _WARM_UP) // every, 1)  # the horizon is an evaluation
     return Setup(
         study=study,
-        data=prepare(study.workloads[0].data, progress=print),
+        data=data,
         device=arguments.device,
         threads=arguments.threads,
         evaluate_every=every,

@@ -200,6 +200,8 @@ def fuse(
         reason = f"not compiled, {one_line(error)}"
         log.warning("%s: %s", type(function).__name__, reason)
         return replace(unfused, reason=reason)
+    took = {**unfused.seconds, **fused.seconds}
+    log.info("%s: %s", type(function).__name__, ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items()))
     return replace(fused, difference=difference)
 
 
