@@ -370,6 +370,16 @@ def test_a_trial_is_the_same_in_every_bit_beside_one_that_explodes_and_one_of_it
     assert_undisturbed(trajectory(trials, subject, [exploding, late]), alone(subject))
 
 
+@pytest.mark.parametrize(("most", "batches", "frames"), [(3, 2, 2), (2, 2, 2), (1, 4, 1), (4, 1, 4), (32, 1, 4)])
+def test_the_validation_split_is_evaluated_in_equal_batches_as_few_as_allowed(
+    trials: CrystalTrials, most: int, batches: int, frames: int
+) -> None:
+    task = trials.task()
+    task = replace(task, workload=task.workload.model_copy(update={"evaluation_batch_size": most}))
+    found = trials.cohort(1, task)._functions.batches("val")
+    assert (len(found), found.shape.frames - 1) == (batches, frames)
+
+
 def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_rounding(
     trials: CrystalTrials, uncrowded: list[list[Evaluation]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
