@@ -380,8 +380,13 @@ def test_the_validation_split_is_evaluated_in_equal_batches_as_few_as_allowed(
     assert (len(found), found.shape.frames - 1) == (batches, frames)
 
 
-def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_rounding(
-    trials: CrystalTrials, uncrowded: list[list[Evaluation]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("traced_from", "left"), [(0, 1), (3 * 4, 1), (3 * 4 + 1, 4)])
+def test_the_last_of_four_trials_goes_on_in_as_few_rows_as_pay_for_their_trace_and_agrees_to_rounding(
+    trials: CrystalTrials,
+    uncrowded: list[list[Evaluation]],
+    monkeypatch: pytest.MonkeyPatch,
+    traced_from: int,
+    left: int,
 ) -> None:
     rows = []
     gradients = Cohort._gradients
@@ -391,6 +396,7 @@ def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_roun
         gradients(self, function, keys, shape, bucket)
 
     monkeypatch.setattr(Cohort, "_gradients", recorded)
+    monkeypatch.setattr("tunebench.engine.cohort._TRACED_FROM", {"cpu": traced_from})
     tasks = crowd(trials)
     cohort, last = trials.cohort(4), tasks[-1].key.trial_id
 
@@ -399,7 +405,7 @@ def test_the_last_of_four_trials_goes_on_in_a_step_of_one_row_and_agrees_to_roun
             cohort.leave(name, Reason.STOPPED_ASHA)
 
     found = run_cohort(cohort, tasks, stop_the_others)
-    assert rows == [4] * 4 + [1] * 4
+    assert rows == [4] * 4 + [left] * 4
     assert_same_to_rounding(found[last], uncrowded[-1], 1e-9)
 
 
@@ -413,6 +419,7 @@ def test_whatever_is_traced_in_the_middle_of_training_has_as_much_time_as_the_fi
         return unfuse(function, *arguments)
 
     monkeypatch.setattr("tunebench.engine.workload_functions.unfuse", traced)
+    monkeypatch.setattr("tunebench.engine.cohort._TRACED_FROM", {"cpu": 0})
     tasks = [trials.task(index=index) for index in range(4)]
     cohort = Cohort(tasks[0], 4, cache=trials.traces, compiled=False, watchdog=watchdog)
     limits: list[float | None] = []

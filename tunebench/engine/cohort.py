@@ -47,6 +47,8 @@ _EVALUATED_AT_ONCE = {"cpu": 2, "cuda": 8}  # more fall out of a CPU's cache
 _WRITERS = 8
 _COMPILED_FROM = {"cpu": 5000, "cuda": 1000}  # steps; Inductor takes as long as thousands of plain ones
 _SHRUNK_FROM = 5000  # steps left that pay for compiling a smaller step
+_SHRUNK_BY = {"cpu": 2, "cuda": 4}  # a CPU's step takes as long as it has rows, a small one of a GPU as it has launches
+_TRACED_FROM = {"cpu": 500, "cuda": 0}  # rows left out of the steps to come that pay for tracing a smaller step
 
 
 @dataclass(kw_only=True)
@@ -362,15 +364,19 @@ class Cohort:
         return stepped, shortage
 
     def _bucket(self) -> int:
-        """Rows that a step computes: all, or a quarter, a sixteenth, ... where few trials are left."""
+        """Rows that a step computes: all, or on a CPU a half and on a GPU a quarter, ..., where few trials are left."""
         bucket, trials = self.slots, len(self._places)
         left = max(place.tenant.task.horizon - place.step for place in self._places.values())
         if self._exact:
             return min(bucket, 1 << (trials - 1).bit_length())
         if self._compiled and left < _SHRUNK_FROM:
             return bucket
-        while bucket >= 4 and bucket // 4 >= trials:
-            bucket //= 4
+        smaller, by = bucket, _SHRUNK_BY[self.device.type]
+        while smaller >= by and smaller // by >= trials:
+            smaller //= by
+            traced = (self.padding.usual, smaller) in self._gradient_programs
+            if traced or (bucket - smaller) * left >= _TRACED_FROM[self.device.type]:
+                bucket = smaller
         return bucket
 
     def _gather_below(self, bucket: int) -> None:
