@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ def run_stage(
     terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
-    tenants = _by_workload({n: task for n, task in tasks.items() if names[task.workload.name] == Engine.COHORT})
+    workloads = {name: task.workload.name for name, task in tasks.items()}
+    shared = {name: workload for name, workload in workloads.items() if names[workload] == Engine.COHORT}
+    tenants = {name: tasks[name] for name in in_turn(shared, len(devices_there(study.resources)))}
     alone = {name: task for name, task in tasks.items() if name not in tenants}
     alike = stage is Stage.CONFIRM and "F9" not in study.waive
     begun = _kinds(records)
@@ -114,10 +117,22 @@ def _bound(tasks: Mapping[str, TrialTask], begun: Mapping[str, str], resources: 
     return {workload: kind for workload, kind in found.items() if kind}
 
 
-def _by_workload(tasks: Mapping[str, TrialTask]) -> dict[str, TrialTask]:
-    """One workload after the other: a device trains one at a time, and trials that wait for another fill no slot."""
-    workloads = list(dict.fromkeys(task.workload.name for task in tasks.values()))
-    return dict(sorted(tasks.items(), key=lambda item: workloads.index(item[1].workload.name)))
+def in_turn(trials: Mapping[str, str], devices: int) -> list[str]:
+    """The order in which trials begin: those of as many workloads as there are devices by turns, then the next ones.
+
+    A device trains one workload at a time. Trials of more workloads than devices would wait and fill no slot. With
+    fewer, devices that could have begun with one each would all begin with the first and change over on the way.
+
+    Args:
+        trials: the workload of each, in the order of the study.
+        devices: of the cluster, as far as it has grown.
+    """
+    of_workload: dict[str, list[str]] = {}
+    for trial, workload in trials.items():
+        of_workload.setdefault(workload, []).append(trial)
+    left, together = list(of_workload.values()), max(devices, 1)
+    turns = chain.from_iterable(zip_longest(*left[first : first + together]) for first in range(0, len(left), together))
+    return [trial for turn in turns for trial in turn if trial is not None]
 
 
 class Watching(tune.Callback):
