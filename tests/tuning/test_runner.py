@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from rich.console import Console
 
 from tests.study.test_step_times import solo_step, table
@@ -15,10 +16,12 @@ from tests.tuning.conftest import STUDY, write_study
 from tunebench.study.errors import RunError
 from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import Reason, Stage, TrialRecord
-from tunebench.study.resolve import load_run, resolve
+from tunebench.study.resolve import ResolvedStudy, load_run, resolve
 from tunebench.study.search_space import SearchSpace
+from tunebench.study.spec import StudyError
 from tunebench.study.step_times import add_tables
 from tunebench.tuning.runner import RunOptions, run_study
+from tunebench.workloads.data import PreparedData
 
 SPENT = {"steps": 12, "wall_s": 2.0, "device_s": 1.0, "attempts": 1}
 
@@ -29,7 +32,7 @@ Start = Callable[..., str]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts the study as far as its plan; returns what was said. A second start goes on with the run."""
     monkeypatch.setattr("tunebench.tuning.runner._Run._run_stage", lambda run, stage: None)
-    monkeypatch.setattr("tunebench.tuning.runner.check_arms", lambda resolved, data: None)
+    monkeypatch.setattr("tunebench.tuning.runner._check_arms", lambda *start: None)
 
     def start(extend: int = 0, **changes: Any) -> str:
         run, said = tmp_path / "run", io.StringIO()
@@ -45,6 +48,23 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
 def planned(run: Path, optimizer: str = "adamw", stage: Stage = Stage.TUNE) -> list[TrialRecord]:
     return [t for t in read_trials(run) if t.key.optimizer == optimizer and t.key.stage is stage]
+
+
+def test_an_arm_that_is_refused_while_ray_starts_leaves_no_plan_and_no_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved, run = resolve(write_study(tmp_path)), tmp_path / "run"
+    refused = StudyError(resolved.file, "workloads[0].model", "one", "another")
+
+    def refuse(resolved: ResolvedStudy, data: Mapping[str, PreparedData]) -> None:
+        raise refused
+
+    monkeypatch.setattr("tunebench.tuning.runner.check_arms", refuse)
+    with pytest.raises(StudyError) as found:
+        run_study(resolved, RunOptions(run=run), Console(file=io.StringIO()))
+    assert found.value is refused
+    assert not (run / "journal.log").exists()
+    assert not ray.is_initialized()
 
 
 def test_an_arm_whose_device_seconds_are_used_up_has_fewer_configurations_of_the_common_sequence(

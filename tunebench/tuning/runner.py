@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -107,13 +108,14 @@ def run_study(resolved: ResolvedStudy, options: RunOptions, console: Console) ->
                 if workload.init is not None:
                     store_initial(storage, workload.init)
         starts = initial_weights(resolved, data)
-        if not begun:
-            check_arms(resolved, data)
-        hashes = {name: prepared.hash for name, prepared in data.items()}
-        for line in write_environment(options.run, hashes, starts):
-            console.print(f"warning: environment changed since the run began: {line}", style="yellow", highlight=False)
-        run = _Run(resolved, options, data, console, storage, copy)
         with leaving_ray():
+            if not begun:
+                _check_arms(resolved, data, options, storage, console)
+            hashes = {name: prepared.hash for name, prepared in data.items()}
+            for line in write_environment(options.run, hashes, starts):
+                warning = f"warning: environment changed since the run began: {line}"
+                console.print(warning, style="yellow", highlight=False)
+            run = _Run(resolved, options, data, console, storage, copy)
             run.tune()
             run.confirm()
             copy.fetch()
@@ -134,6 +136,27 @@ def _extend(resolved: ResolvedStudy, options: RunOptions, console: Console) -> N
             soft_wrap=True,
         )
     extend(resolved, options.run, options.extend, found)
+
+
+def _check_arms(
+    resolved: ResolvedStudy,
+    data: dict[str, PreparedData],
+    options: RunOptions,
+    storage: Storage | None,
+    console: Console,
+) -> None:
+    """Check the arms; Ray on this machine alone, which waits for processes of its own for seconds, starts meanwhile."""
+    if options.address is not None:
+        check_arms(resolved, data)
+        return
+    set_ray_environment(options.address)
+    with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
+        checked = beside.submit(check_arms, resolved, data)
+        from tunebench.tuning.stage import join_ray  # imports Ray, which reads its environment now
+
+        join_ray(options.address, resolved.study.resources, options.run, storage, console)
+        terminate_like_interrupt()  # Ray has set its own handler, which aborts
+    checked.result()
 
 
 class _Run:
