@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
@@ -55,7 +56,9 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main() -> None:
     """Entry point of the `tunebench` command; bad input ends in one line and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    gc.freeze()  # all that is left goes with the process; to look through PyTorch for cycles takes a second
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
