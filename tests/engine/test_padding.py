@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from tunebench.engine.padding import (
     BatchShape,
     FrameSizes,
     batch_shape,
+    filled,
     fits,
     padding_plan,
     smallest_shape,
@@ -113,3 +116,23 @@ def test_impossible_sizes_are_refused():
         sizes_of([3, 4], [6])
     with pytest.raises(ValueError, match=r"found no frame or an empty one"):
         sizes_of([3, 0], [6, 0])
+
+
+@given(sizes=splits(), others=splits(), data=st.data())
+def test_a_split_is_filled_into_anothers_shape_in_order_and_as_far_as_it_goes(
+    sizes: FrameSizes, others: FrameSizes, data
+):
+    batch_size = data.draw(st.integers(1, len(others)))
+    shape = batch_shape(others, batch_size)
+    alone = np.append(np.arange(len(sizes))[:, None], np.full((len(sizes), batch_size - 1), len(sizes)), axis=1)
+    order = filled(sizes, shape)
+    assert (order is not None) == bool(fits(sizes, alone, shape).all())
+    if order is None:
+        return
+    assert fits(sizes, order, shape).all()
+    assert order[order < len(sizes)].tolist() == list(range(len(sizes)))
+    for batch, following in itertools.pairwise(order):
+        if len(sizes) in batch:  # there is a place left, and no room for the next frame
+            longer = batch.copy()
+            longer[list(batch).index(len(sizes))] = following[0]
+            assert not fits(sizes, longer, shape)

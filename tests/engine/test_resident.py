@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -258,6 +259,19 @@ def test_static_batches_hold_every_frame_once_in_order(prepared: PreparedData, s
     whole = collated(frames, range(len(frames)))
     for key, values in seen.items():
         assert_same(torch.cat(values), whole[key])
+
+
+def test_a_split_takes_the_usual_shape_where_that_makes_little_more_to_compute(prepared: PreparedData):
+    train, val = (resident_frames(prepared_frames(prepared, s, R_MAX), R_MAX, "cpu") for s in ("train", "val"))
+    own = static_batches(val, 2)
+    usual = static_batches(train, 2).shape
+    shared = static_batches(val, 2, usual=usual)
+    assert shared.shape == usual != own.shape
+    assert torch.equal(shared.indices[shared.indices < len(val)], torch.arange(len(val)))
+    wasteful = dataclasses.replace(usual, edges=100 * usual.edges)
+    narrow = dataclasses.replace(usual, atoms=4)
+    for refused in (wasteful, narrow):
+        assert static_batches(val, 2, usual=refused).shape == own.shape
 
 
 @pytest.mark.parametrize(("family", "arguments"), MODELS[1:])

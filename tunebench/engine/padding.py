@@ -5,6 +5,7 @@ Everything here runs on the host with the sizes of the frames; the device never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,6 +149,29 @@ def fits(
     atoms, edges = sizes.of_batches(chosen)
     fitting: NDArray[np.bool_] = (atoms + GHOST_ATOMS <= shape.atoms) & (edges <= shape.edges)
     return fitting
+
+
+def filled(sizes: FrameSizes, shape: BatchShape) -> NDArray[np.int64] | None:
+    """All frames in their order in as few batches as the shape allows, (batches, batch) as `evaluation_order` has them.
+
+    Returns:
+        Indices, filled up with ``len(sizes)`` where a batch has fewer frames; None where a frame alone is too large.
+    """
+    batch_size, missing = shape.frames - 1, len(sizes)
+    room = shape.atoms - GHOST_ATOMS - batch_size  # every place has an atom, a ghost where there is no frame
+    batches: list[list[int]] = []
+    atoms = edges = math.inf
+    for frame, (more_atoms, more_edges) in enumerate(
+        zip((sizes.atoms - 1).tolist(), sizes.edges.tolist(), strict=True)
+    ):
+        if more_atoms > room or more_edges > shape.edges:
+            return None
+        atoms, edges = atoms + more_atoms, edges + more_edges
+        if atoms > room or edges > shape.edges or len(batches[-1]) == batch_size:
+            batches.append([])
+            atoms, edges = more_atoms, more_edges
+        batches[-1].append(frame)
+    return np.array([batch + [missing] * (batch_size - len(batch)) for batch in batches], dtype=np.int64)
 
 
 def mean_waste(sizes: FrameSizes, shape: BatchShape) -> Waste:

@@ -17,7 +17,7 @@ import torch
 from nequip.data import AtomicDataDict
 from numpy.typing import NDArray
 
-from tunebench.engine.padding import BatchShape, FrameSizes, smallest_shape
+from tunebench.engine.padding import BatchShape, FrameSizes, filled, smallest_shape
 from tunebench.workloads.frames import Frame, PreparedFrames
 
 Batch = dict[str, torch.Tensor]
@@ -192,7 +192,9 @@ class StaticBatches:
         return {key: values[position] for key, values in self.stacked.items()}
 
 
-def static_batches(frames: ResidentFrames, batch_size: int, *, masked: bool = True) -> StaticBatches:
+def static_batches(
+    frames: ResidentFrames, batch_size: int, *, masked: bool = True, usual: BatchShape | None = None
+) -> StaticBatches:
     """All frames of a split as padded batches of the smallest shape that holds them all.
 
     Args:
@@ -200,6 +202,7 @@ def static_batches(frames: ResidentFrames, batch_size: int, *, masked: bool = Tr
         batch_size: frames of a batch; at most those of the split are used.
         masked: force labels as the split itself masks them; False keeps them all, for slots that each leave out their
             own (`tunebench.engine.errors.error_sums` takes the mask that `frame_labels` makes).
+        usual: a shape that there is a graph for; taken where it makes little more to compute.
 
     Raises:
         ValueError: `batch_size` is below 1.
@@ -208,6 +211,9 @@ def static_batches(frames: ResidentFrames, batch_size: int, *, masked: bool = Tr
         raise ValueError(f"batch_size: found {batch_size}, allowed: at least 1")
     order = evaluation_order(len(frames), batch_size)
     shape = smallest_shape(frames.sizes, order)
+    filling = None if usual is None else filled(frames.sizes, usual)
+    if usual is not None and filling is not None and _costs_little(filling, usual, order, shape):
+        order, shape = filling, usual
     indices = torch.as_tensor(order, device=frames.num_atoms.device)
     labelled = None if masked else torch.ones_like(frames.labelled)
     batches = [assemble(frames, row, shape, labelled) for row in indices]
@@ -221,6 +227,13 @@ def evaluation_order(num_frames: int, batch_size: int) -> NDArray[np.int64]:
     batches = -(-num_frames // batch_size)
     order = np.minimum(np.arange(batches * batch_size, dtype=np.int64), num_frames)
     return order.reshape(batches, batch_size)
+
+
+def _costs_little(
+    filling: NDArray[np.int64], usual: BatchShape, order: NDArray[np.int64], smallest: BatchShape
+) -> bool:
+    """Whether the batches of the usual shape have at most a quarter more edges, and those of one batch."""
+    return len(filling) * usual.edges <= 1.25 * len(order) * smallest.edges + usual.edges
 
 
 @dataclass(frozen=True, eq=False)
