@@ -1,9 +1,9 @@
 """Whether the driver keeps a large cluster busy: the real driver above simulated GPUs, in simulated time.
 
-Tune's controller and its actor manager, per-arm ASHA, the queue, the recorder, the journal on a real disk and the
-boards of the arms are those of a study; GPUs, cohorts, tenants and Ray itself are simulated
-(`benchmarks/simulated_cluster.py`). The driver's time is what it takes on this machine. Ray's calls and waits are timed
-first, with a real Ray, and charged.
+Tune's controller, the manager of its trials' seats, per-arm ASHA, the queue, the recorder, the journal on a real disk
+and the boards of the arms are those of a study; GPUs, cohorts, the tenants at their reception and Ray itself are
+simulated (`benchmarks/simulated_cluster.py`). The driver's time is what it takes on this machine. Ray's calls, objects
+and waits, and what a real reception takes for its tenants, are timed first, with a real Ray, and charged.
 
 With `--drivers N` the arms and the GPUs are divided among N drivers, of which one is simulated, as
 `tunebench run --drivers N` does: it hands its entries to a main process, which writes them, and waits for those that
@@ -17,6 +17,7 @@ are left out. `--events` ends a simulation early, when so many events of Tune ha
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import secrets
@@ -40,7 +41,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Experiment
 from rich.console import Console
 
-from benchmarks.simulated_cluster import AmpleResources, Clock, Devices, FakeRay, Load, RayCosts
+from benchmarks.simulated_cluster import Clock, Costs, Devices, FakeRay, Load
 from benchmarks.study_overhead import OPTIMIZERS, plan_trials
 from tunebench.engine.board import write_experiment
 from tunebench.engine.task import Evaluation
@@ -50,37 +51,32 @@ from tunebench.study.record import JOURNAL, Reason, Stage
 from tunebench.study.resolve import ResolvedStudy, resolve
 from tunebench.study.run_copy import RunCopy
 from tunebench.study.seeds import named_seed
+from tunebench.tuning import trial_actors
 from tunebench.tuning.arm_boards import ArmBoards
 from tunebench.tuning.asha import PerArmAsha, arm_ladders
 from tunebench.tuning.division import Places
 from tunebench.tuning.entries import Called, Clerk, Entry, binds
-from tunebench.tuning.pool_client import TrialQueue
+from tunebench.tuning.handle import Handle
+from tunebench.tuning.pool_client import TrialQueue, start_here
 from tunebench.tuning.progress import Progress
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
+from tunebench.tuning.reception import Reception
 from tunebench.tuning.recorder import Recorder
 from tunebench.tuning.shard import TELL_EVERY_S
+from tunebench.tuning.shares import Shares
 from tunebench.tuning.stage import Watching
-from tunebench.tuning.tenancy import for_tune
+from tunebench.tuning.tenancy import VISIT, for_tune
+from tunebench.tuning.trial_actors import AFTER_LAST, use_trial_actors
 
 EVALUATIONS, FACTOR = 40, 3  # of studies/threebpa.yaml
 STEP_S = {"nequip-3": 32 / 4706, "nequip-4": 32 / 793, "allegro": 32 / 1029}
 """Seconds of a step of a cohort of 32 on one H200, from a run within 4 % of that in docs/throughput.md."""
 CPUS_PER_GPU = 8
 _WAITED = (1000, 4000, 16000)  # futures
+_TENANTS, _REPORTS = 500, 8  # of each, that a real reception passes on
 _COSTS = "costs"
 _FULL = 0.98  # of the slots
 _BUSY = 0.9  # of its time; a driver that is busier falls behind whenever something comes in between
-_ADDED_BY_TUNE = {
-    "time_total_s": 1.0,
-    "time_this_iter_s": 1.0,
-    "timestamp": 0,
-    "done": False,
-    "pid": 1,
-    "hostname": "simulated",
-    "node_ip": "10.0.0.1",
-    "date": "2026-11-22_21-00-00",
-    "iterations_since_restore": 1,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +93,7 @@ class Outcome:
         decision_s, other_s: median and 99th percentile from a report to its answer, where it decides and elsewhere.
         futures: mean number that Tune waits for at once.
         pool_ms: of the processor for one decision of the pool.
+        reception_s: of the processor of the reception, where all tenants of this driver live.
         memory_bytes: largest resident set of the process. journal_bytes: at the end.
         entries, messages: that went to the main process. main_s: its time on the processor for them, calls of Ray
             included. disk_s: its waits for the disk, which it shares among all drivers that wait for it.
@@ -118,6 +115,7 @@ class Outcome:
     other_s: tuple[float, float] | None
     futures: float
     pool_ms: float
+    reception_s: float
     memory_bytes: int
     journal_bytes: int
     entries: int = 0
@@ -167,7 +165,7 @@ class _MainProcess:
         costs: of Ray's calls; a message is one call of the main process', with a wait, and an answer of the shard's.
     """
 
-    def __init__(self, clerk: Clerk, places: Places, clock: Clock, costs: RayCosts) -> None:
+    def __init__(self, clerk: Clerk, places: Places, clock: Clock, costs: Costs) -> None:
         self._clerk, self._places, self._clock, self._costs = clerk, places, clock, costs
         self._entries: list[Entry] = []
         self._told_at = 0.0
@@ -223,7 +221,11 @@ class Reports:
         self._load = load
 
     def __call__(self, trial: str, step: int) -> dict[str, Any]:
-        """What a tenant of the trial reports to Tune at a step; as large as a real report."""
+        """What a tenant of the trial reports to Tune at a step, but for its place."""
+        return for_tune(self.plain(trial, step))
+
+    def plain(self, trial: str, step: int) -> dict[str, Any]:
+        """What its cohort has measured; as large as a real evaluation."""
         final = np.random.default_rng(named_seed(self._load.seed, "curve", trial)).lognormal(-2.0, 0.7)
         value = float(final * (1.0 + 4.0 * np.exp(-5.0 * step / self._load.horizon)))
         metrics = {f"{name}_{kind}": value for name in ("energy_per_atom", "forces") for kind in ("mae", "rmse")}
@@ -241,7 +243,7 @@ class Reports:
             at_rung=step in self._load.rungs,
             outcome=Reason.FINISHED if step == self._load.horizon else None,
         )
-        return {**for_tune(evaluation.to_plain()), **_ADDED_BY_TUNE, "training_iteration": step}
+        return evaluation.to_plain()
 
 
 def study_of(folder: Path, load: Load, trials: int, workloads: int) -> ResolvedStudy:
@@ -261,7 +263,7 @@ def study_of(folder: Path, load: Load, trials: int, workloads: int) -> ResolvedS
     return resolve(file)
 
 
-def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, drivers: int, events: int) -> Outcome:
+def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: Costs, drivers: int, events: int) -> Outcome:
     """Let one driver work on a study's tune stage."""
     arms, console = plan_arms(resolved), Console(file=(run / "console").open("w"))
     write_experiment(run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
@@ -279,14 +281,14 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         list(keys), keys, pool, lambda: scheduler.waiting, called=lambda trial: write([Called(key=keys[trial])])
     )
     clock = Clock()
-    devices = Devices(load, clock, Reports(load))
+    devices = Devices(load, clock, costs, Reports(load))
     devices.plan(list(keys))
     below = FakeRay(devices, clock, costs, load.seed)
     engines = dict.fromkeys((workload.name for workload in resolved.study.workloads), "cohort")
     clerk = Clerk(journal, progress, lambda key: True, RunCopy(run, None))
     main = _MainProcess(clerk, Places([{name: key.workload for name, key in keys.items()}]), clock, costs)
     write = clerk.write if drivers == 1 else main.write
-    recorder = Recorder(write, scheduler, keys, run, engines, left=lambda trial, result: devices.vacate(trial))
+    recorder = Recorder(write, scheduler, keys, run, engines, left=lambda trial, result: devices.vacate(result[VISIT]))
     boards = [Watching(ArmBoards(run, arms, console), pool)] if drivers == 1 else []
     callbacks: list[tune.Callback] = [recorder, *boards]
     controller = _controller(run, queue, scheduler, callbacks, below)
@@ -315,6 +317,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: RayCosts, dr
         other_s=latencies[False],
         futures=float(np.mean(below.futures)),
         pool_ms=1e3 * devices.pool_s / max(devices.decisions, 1),
+        reception_s=devices.reception_s,
         memory_bytes=_most_memory_bytes(),
         journal_bytes=(run / JOURNAL).stat().st_size,
         entries=main.entries,
@@ -366,7 +369,7 @@ def _controller(
     storage._get_ray_train_session_dir = lambda: str(run / ".session")
     experiment = Experiment(
         name="tune",
-        run=_never_run,
+        run=tune.with_resources(_never_run, Shares({}, {})),
         config=queue.param_space,
         num_samples=queue.num_samples,
         storage_path=str(run / ".tune"),
@@ -375,21 +378,12 @@ def _controller(
         max_failures=2,
     )
     queue.add_configurations([experiment])
+    for module in (actor_manager, event_manager, trial_actors):
+        module.ray = below.module
+    use_trial_actors(lambda: below.reception)
     controller = TuneController(
-        search_alg=queue,
-        scheduler=scheduler,
-        callbacks=callbacks,
-        storage=experiment.storage,
-        reuse_actors=True,
-        resource_manager_factory=lambda: AmpleResources(below),
+        search_alg=queue, scheduler=scheduler, callbacks=callbacks, storage=experiment.storage, reuse_actors=True
     )
-    manager = controller._actor_manager
-
-    def tracked(future: Any) -> bool:
-        events = (manager._actor_state_events, manager._actor_task_events)
-        return any(future in each._tracked_futures for each in events)
-
-    actor_manager.ray = event_manager.ray = below.namespace(tracked)
     remote = ray.remote(_Trainable)
     controller._class_cache.get = lambda trainable: remote
     return controller
@@ -416,7 +410,7 @@ def _percentiles(seconds: Sequence[float]) -> tuple[float, float] | None:
     return float(median), float(late)
 
 
-# --- Ray's own costs -------------------------------------------------------------------------------------------------
+# --- what is charged -------------------------------------------------------------------------------------------------
 
 
 class _Answers:
@@ -424,28 +418,72 @@ class _Answers:
         return report
 
     async def never(self) -> None:
-        import asyncio
-
         await asyncio.Event().wait()
 
 
-def measure_ray() -> RayCosts:
-    """Time a call of an actor and a wait for one of many futures, on the processor of the caller's thread."""
+class _TimedReception(Reception):
+    async def busy_s(self) -> float:
+        """Seconds on the processor of the thread in which its tenants live."""
+        return time.thread_time()
+
+
+class _ReadyPool:
+    """A pool that has a place for everybody, and itself the cohort, which has all reports at once."""
+
+    def __init__(self, evaluation: dict[str, Any]) -> None:
+        self._evaluation = evaluation
+
+    async def place(self, trial: str, reception: Handle, visit: str) -> tuple[int, Handle, str]:
+        return 0, ray.get_runtime_context().current_actor, ""
+
+    async def next_report(self, trial: str, visit: str, heard: int) -> dict[str, Any]:
+        return {"evaluation": self._evaluation, "decides": False}
+
+    async def leave(self, trial: str, visit: str) -> None:
+        """Nothing."""
+
+
+def measure_costs() -> Costs:
+    """Time what Ray takes of the caller's thread, and what tenants take of their reception's, on the processor."""
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    reports = Reports(Load(gpus=1, slots=1, every_steps=1, horizon=40, rungs=(10,), step_s=1.0))
     actor = ray.remote(_Answers).options(max_concurrency=2 * max(_WAITED)).remote()
-    load = Load(gpus=1, slots=1, every_steps=1, horizon=40, rungs=(10,), step_s=1.0)
-    report = Reports(load)("trial", 1)
+    report = reports("trial", 1)
     ray.get(actor.at_once.remote(report))
     answers = [actor.at_once.remote(report) for _ in range(300)]
     ray.wait(answers, num_returns=len(answers))
     call = _seconds(lambda: ray.get(actor.at_once.remote(report)), 300)
+    put = _seconds(lambda: ray.get(ray.put(None)), 300)
     waits, futures = [], [actor.never.remote() for _ in range(max(_WAITED))]
     for number in _WAITED:
         some = [*futures[:number], answers[0]]
         waits.append(_seconds(lambda some=some: ray.wait(some, num_returns=1, timeout=0.1), 20))
     each, first = np.polyfit(_WAITED, waits, 1)
+    stay, passed_on = _measure_reception(reports.plain("trial", 1))
     ray.shutdown()
-    return RayCosts(call=call, wait=max(float(first), 0.0), wait_each=max(float(each), 0.0))
+    return Costs(
+        call=call, put=put, wait=max(float(first), 0.0), wait_each=max(float(each), 0.0), stay=stay, report=passed_on
+    )
+
+
+def _measure_reception(evaluation: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a real reception for the stay of a tenant without its reports, and for one report."""
+    with tempfile.TemporaryDirectory() as run:
+        pool = start_here(_ReadyPool, evaluation)
+        reception = start_here(_TimedReception, pool, Path(run), None, AFTER_LAST)
+
+        def report(stays: Sequence[str]) -> float:
+            ray.get([reception.train.remote(stay, "trial") for stay in stays])
+            return float(ray.get(reception.busy_s.remote()))
+
+        report(["to warm up"])
+        stays = [str(number) for number in range(_TENANTS)]
+        began = ray.get(reception.busy_s.remote())
+        first, *_, last = [report(stays) for _ in range(1 + _REPORTS)]
+        ray.get([reception.leave.remote(stay) for stay in stays])
+        ended = ray.get(reception.busy_s.remote())
+    each = (last - first) / _REPORTS / _TENANTS
+    return (ended - last + first - began) / _TENANTS - each, each
 
 
 def _seconds(do: Callable[[], Any], times: int) -> float:
@@ -475,8 +513,9 @@ def told(found: Outcome) -> str:
         f"{1e3 * found.event_s:.2f} ms an event, {found.futures:.0f} futures at once; "
         f"ramp {ramp}; idle GPUs {share(found.gpu_idle)}, slots {share(found.slot_idle)}; "
         f"decision p50, p99 {both(found.decision_s)}, other reports {both(found.other_s)}; "
-        f"pool {found.pool_ms:.2f} ms a decision; memory {found.memory_bytes / 2**20:.0f} MiB, "
-        f"journal {found.journal_bytes / 2**20:.1f} MiB{_told_of_main(found)}"
+        f"pool {found.pool_ms:.2f} ms a decision; reception busy {share(found.reception_s / found.simulated_s)}; "
+        f"memory {found.memory_bytes / 2**20:.0f} MiB, journal {found.journal_bytes / 2**20:.1f} MiB"
+        f"{_told_of_main(found)}"
     )
 
 
@@ -539,7 +578,7 @@ def figure(outcomes: Sequence[Outcome], horizon: int, file: Path) -> None:
         drawn.savefig(file, dpi=150)
 
 
-def one(arguments: argparse.Namespace, drivers: int, costs: RayCosts) -> Outcome:
+def one(arguments: argparse.Namespace, drivers: int, costs: Costs) -> Outcome:
     """Simulate one of so many drivers, in this process."""
     gpus = max(arguments.gpus // drivers, 1)
     every = max(arguments.horizon // EVALUATIONS, 1)
@@ -578,21 +617,20 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=sys.maxsize, help="end a simulation after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for outcomes as JSON")
-    parser.add_argument(
-        "--here", help=f"costs of Ray as JSON: simulate in this process; {_COSTS}: time them; print JSON"
-    )
+    parser.add_argument("--here", help=f"costs as JSON: simulate in this process; {_COSTS}: time them; print JSON")
     arguments = parser.parse_args()
     if arguments.here == _COSTS:
-        print(json.dumps(asdict(measure_ray())))
+        print(json.dumps(asdict(measure_costs())))
         return
     if arguments.here:
-        print(json.dumps(asdict(one(arguments, arguments.drivers[0], RayCosts(**json.loads(arguments.here))))))
+        print(json.dumps(asdict(one(arguments, arguments.drivers[0], Costs(**json.loads(arguments.here))))))
         return
-    costs = RayCosts(**_in_process(_COSTS))
+    costs = Costs(**_in_process(_COSTS))
     print(
-        f"Ray: {1e6 * costs.call:.0f} us a call, "
-        f"{1e6 * costs.wait:.0f} us a wait and {1e6 * costs.wait_each:.2f} us "
-        f"for each future in it; load average {os.getloadavg()[0]:.1f}",
+        f"Ray: {1e6 * costs.call:.0f} us a call, {1e6 * costs.put:.0f} us an object, "
+        f"{1e6 * costs.wait:.0f} us a wait and {1e6 * costs.wait_each:.2f} us for each future in it; "
+        f"reception: {1e6 * costs.report:.0f} us a report, {1e6 * costs.stay:.0f} us a stay; "
+        f"load average {os.getloadavg()[0]:.1f}",
         flush=True,
     )
     outcomes = []
@@ -603,7 +641,7 @@ def main() -> None:
         print(capacities(outcomes, arguments.horizon))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        content = {"ray": asdict(costs), "outcomes": [asdict(found) for found in outcomes]}
+        content = {"costs": asdict(costs), "outcomes": [asdict(found) for found in outcomes]}
         (arguments.out / "scale.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if len(outcomes) > 1:
             figure(outcomes, arguments.horizon, arguments.out / "scale.png")

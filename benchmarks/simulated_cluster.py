@@ -5,8 +5,9 @@ its waits for the disk to the simulated time. Everything else costs nothing real
 were measured to take, tenants report when their cohort has come to an evaluation, trials crash and devices are lost as
 named seeds say. Places in cohorts are given by the pool's own `Placement`.
 
-Tune's own actor manager is the real one, too. Only Ray below it is replaced (`FakeRay`); what Ray's calls cost the
-driver is measured apart (`scale_simulation.py`) and charged for each call.
+Tune's manager of actors and the seats that it takes for tenants' actors are the real ones, too. Only Ray below them is
+replaced (`FakeRay`), with the reception that their calls go to. What those calls cost the driver, and the reception, is
+measured apart (`scale_simulation.py`) and charged for each.
 """
 
 from __future__ import annotations
@@ -16,24 +17,23 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.air.execution import ResourceManager, ResourceRequest
-from ray.air.execution.resources.request import AcquiredResources
 from ray.exceptions import RayTaskError
-from ray.train._internal.session import _TrainingResult
-from ray.tune.result import RESULT_DUPLICATE
 
 from tunebench.study.seeds import named_seed
+from tunebench.tuning.handle import Handle
 from tunebench.tuning.placement import Admit, Placement
-from tunebench.tuning.tenancy import VISIT, CohortLost
+from tunebench.tuning.tenancy import DEVICE, VISIT, CohortLost
+from tunebench.tuning.trial_actors import AFTER_LAST
 
 _COHORT_START_S = 30.0  # with traces and compiled graphs in the cache
 _DEVICE_RETURNS_S = 300.0
@@ -72,18 +72,24 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayCosts:
-    """Seconds of the driver's processor for Ray's calls.
+class Costs:
+    """Seconds of the processor that a real Ray and a real reception take.
 
     Attributes:
-        call: one method of an actor called, its answer fetched.
-        wait: `ray.wait` on one future.
+        call: of the driver, for one method of an actor called, its answer fetched.
+        put: of the driver, for one object put and fetched.
+        wait: of the driver, for `ray.wait` on one future.
         wait_each: the same for every further future.
+        stay: of the reception, for a tenant that comes, finds a place and leaves.
+        report: of the reception, for a report asked for and passed on.
     """
 
     call: float
+    put: float
     wait: float
     wait_each: float
+    stay: float
+    report: float
 
 
 class Clock:
@@ -155,10 +161,11 @@ class Clock:
 
 @dataclass(eq=False)
 class Future:
-    """A call's answer.
+    """A call's answer, or an object that was put.
 
     Attributes:
-        born: when it was ready. decides: a trial waits for what the driver makes of it.
+        born: when it was ready; where it is a report, when its cohort made it.
+        report: it is one of a tenant. decides: and the trial waits for what the driver makes of it.
     """
 
     value: Any = None
@@ -170,15 +177,13 @@ class Future:
 
 @dataclass(eq=False)
 class _Tenant:
+    stay: str
     trial: str
-    step: int = 0
     cohort: int | None = None
-    asked: bool = False
-    held: bool = False
-    ended: bool = False
+    held: bool = False  # at a rung
+    over: bool = False
     reports: deque[tuple[float, dict[str, Any] | Exception]] = field(default_factory=deque)
     listener: Future | None = None
-    visits: int = 0
 
 
 @dataclass(eq=False)
@@ -197,29 +202,37 @@ class _Cohort:
 class Devices:
     """Cohorts that step, and the tenants in their slots.
 
+    The tenants are those of one reception, a process that does one thing after the other.
+
     Args:
         load: what there is to do.
         clock: of the simulation.
-        report: a plain report of a trial at a step, as a tenant passes it to Tune.
+        costs: of which those of the reception are charged here.
+        report: a plain report of a trial at a step, as a cohort's comes to Tune.
 
     Attributes:
+        ready: answers of calls that the driver has not found yet.
         pool_s: seconds of the processor that the pool's decisions took.
+        reception_s: the same of the reception.
         lost_devices: how many.
     """
 
-    def __init__(self, load: Load, clock: Clock, report: Callable[[str, int], dict[str, Any]]) -> None:
-        self._load, self._clock, self._report = load, clock, report
+    def __init__(self, load: Load, clock: Clock, costs: Costs, report: Callable[[str, int], dict[str, Any]]) -> None:
+        self._load, self._clock, self._costs, self._report = load, clock, costs, report
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
         self._at = 0.0
-        self._tenants: dict[str, _Tenant] = {}
+        self._steps: dict[str, int] = {}  # of each trial
+        self._tenants: dict[str, _Tenant] = {}  # by stay
+        self._in_queue: dict[str, _Tenant] = {}  # for a slot, by trial
+        self._reception_free_at = 0.0
         self._cohorts = [_Cohort() for _ in range(load.gpus)]
         self._placement = Placement()
         self._crashes = np.random.default_rng(named_seed(load.seed, "crashes"))
         starts = np.random.default_rng(named_seed(load.seed, "starts"))
         losses = np.random.default_rng(named_seed(load.seed, "losses"))
         self.ready: list[Future] = []
-        self.pool_s = 0.0
+        self.pool_s = self.reception_s = 0.0
         self.lost_devices = self.decisions = 0
         for number in range(load.gpus):
             self._later(_COHORT_START_S * starts.uniform(0.5, 2.0), lambda number=number: self._appear(number))
@@ -241,22 +254,24 @@ class Devices:
         """When something happens next."""
         return self._events[0][0] if self._events else None
 
-    def later(self, when: float, future: Future) -> None:
-        """A call's answer is there at a time."""
-        future.born = when
-        self._put(when, lambda: self.ready.append(future))
+    def answer(self, future: Future, value: Any, born: float) -> None:
+        """The answer of a call is there."""
+        future.value, future.born = value, born
+        self.ready.append(future)
 
-    def next_report(self, trial: str, future: Future) -> None:
-        """A tenant works on: it answers with its next report."""
-        tenant = self._tenants.setdefault(trial, _Tenant(trial))
-        tenant.listener = future
-        self._put(self._clock.now + _REPLY_S, lambda: self._listened(tenant))
+    def train(self, future: Future, stay: str, trial: str) -> None:
+        """As `Reception.train`: a tenant works on and answers with its next report."""
+        self._put(self._clock.now + _REPLY_S, lambda: self._come(future, stay, trial))
 
-    def vacate(self, trial: str) -> None:
-        """The driver has stopped a trial, or lets it wait."""
-        tenant = self._tenants.get(trial)
+    def leave(self, future: Future, stay: str) -> None:
+        """As `Reception.leave`: a stay is over."""
+        self._put(self._clock.now + _REPLY_S, lambda: self._go(future, stay))
+
+    def vacate(self, stay: str) -> None:
+        """The driver has stopped a trial, or lets it wait: its slot gets free though it has not left its seat."""
+        tenant = self._tenants.get(stay)
         if tenant is not None:
-            self._put(self._clock.now + _REPLY_S, lambda: self._leave(tenant))
+            self._put(self._clock.now + _REPLY_S, lambda: self._leave_slot(tenant))
 
     def used(self) -> tuple[float, float]:
         """Seconds of all devices, and of all slots, in which a trial has stepped until now."""
@@ -296,23 +311,46 @@ class Devices:
         self.pool_s += time.thread_time() - began
         for move in moves:
             if isinstance(move, Admit):
-                self._admit(self._tenants[move.trial], move.cohort)
+                self._admit(self._in_queue.pop(move.trial), move.cohort)
             else:
                 self._placement.ready(move.cohort, self._load.slots)
                 self._later(0.0, lambda: self._decide(lambda: None))
 
-    def _listened(self, tenant: _Tenant) -> None:
-        if tenant.cohort is None and not tenant.asked and not tenant.reports and not tenant.ended:
-            tenant.asked = True
-            tenant.visits += 1
-            self._decide(lambda: self._placement.wait(tenant.trial, ""))
+    def _received(self, seconds: float, what: Callable[[], None]) -> None:
+        """The reception comes to something, which takes it so long."""
+        self._reception_free_at = max(self._at, self._reception_free_at) + seconds
+        self.reception_s += seconds
+        self._put(self._reception_free_at, what)
+
+    def _come(self, future: Future, stay: str, trial: str) -> None:
+        seconds = 0.0 if stay in self._tenants else self._costs.stay
+        tenant = self._tenants.setdefault(stay, _Tenant(stay, trial))
+        tenant.listener = future
+        self._received(seconds, lambda: self._listen(tenant))
+
+    def _listen(self, tenant: _Tenant) -> None:
+        if tenant.listener is None:  # it was sent away
+            return
+        if tenant.cohort is None and tenant.trial not in self._in_queue and not tenant.reports and not tenant.over:
+            self._queue(tenant)
         elif tenant.held and not tenant.reports:
             tenant.held = False
             self._step(tenant.cohort)
         self._hand_over(tenant)
 
+    def _queue(self, tenant: _Tenant) -> None:
+        self._in_queue[tenant.trial] = tenant
+        self._decide(lambda: self._placement.wait(tenant.trial, ""))
+
+    def _go(self, future: Future, stay: str) -> None:
+        tenant = self._tenants.pop(stay, None)
+        if tenant is not None:
+            tenant.listener = None
+            self._leave_slot(tenant)
+        self.answer(future, None, self._at)
+
     def _admit(self, tenant: _Tenant, number: int) -> None:
-        tenant.cohort, tenant.asked = number, False
+        tenant.cohort = number
         self._cohorts[number].joining.append(tenant)
         self._step(number)
 
@@ -350,35 +388,41 @@ class Devices:
 
     def _evaluate(self, tenant: _Tenant) -> None:
         if self._load.crashes and self._crashes.random() < self._load.crashes:
-            tenant.step = max((rung for rung in self._load.rungs if rung <= tenant.step), default=0)
+            self._fall_back(tenant)
+            tenant.over = True
             tenant.reports.append((self._at, RayTaskError("train", "", CohortLost("its cohort is gone: as drawn"))))
-            self._leave(tenant)
+            self._leave_slot(tenant)
         else:
-            tenant.step += self._load.every_steps
-            tenant.held = tenant.step in self._load.rungs
-            report = {**self._report(tenant.trial, tenant.step), VISIT: str(tenant.visits)}
-            tenant.reports.append((self._at, report))
-            if tenant.step >= self._load.horizon:
-                tenant.ended = True
-                self._leave(tenant)
-                tenant.reports.append((self._at, {RESULT_DUPLICATE: True, "done": True}))  # its function returns
+            step = self._steps[tenant.trial] = self._steps.get(tenant.trial, 0) + self._load.every_steps
+            tenant.held, tenant.over = step in self._load.rungs, step >= self._load.horizon
+            tenant.reports.append((self._at, {**self._report(tenant.trial, step), VISIT: tenant.stay, DEVICE: ""}))
+            if tenant.over:
+                self._leave_slot(tenant)
         self._hand_over(tenant)
 
+    def _fall_back(self, tenant: _Tenant) -> None:
+        """What a trial has done since its last rung is lost."""
+        step = self._steps.get(tenant.trial, 0)
+        self._steps[tenant.trial] = max((rung for rung in self._load.rungs if rung <= step), default=0)
+
     def _hand_over(self, tenant: _Tenant) -> None:
-        if tenant.listener is None or not tenant.reports:
+        if tenant.listener is None or not (tenant.reports or tenant.over):
             return
         future, tenant.listener = tenant.listener, None
-        born, found = tenant.reports.popleft()
+        born, found = tenant.reports.popleft() if tenant.reports else (self._at, dict(AFTER_LAST))
         if isinstance(found, Exception):
             future.error = found
-        else:
-            future.value, future.report = found, RESULT_DUPLICATE not in found
-            future.decides = future.report and (found["at_rung"] or found["outcome"] is not None)
-        future.born = born
-        self.ready.append(future)
+        elif "outcome" in found:
+            future.report, future.decides = True, found["at_rung"] or found["outcome"] is not None
+        self._received(self._costs.report, lambda: self.answer(future, found, born))
 
-    def _leave(self, tenant: _Tenant) -> None:
-        number, tenant.cohort, tenant.held, tenant.asked = tenant.cohort, None, False, False
+    def _leave_slot(self, tenant: _Tenant) -> None:
+        """A tenant leaves its slot, or takes back its wish for one; it may have done so before."""
+        if self._in_queue.get(tenant.trial) is tenant:
+            del self._in_queue[tenant.trial]
+        elif tenant.cohort is None:
+            return
+        number, tenant.cohort, tenant.held = tenant.cohort, None, False
         if number is not None:
             cohort = self._cohorts[number]
             cohort.members.pop(tenant.trial, None)
@@ -399,61 +443,66 @@ class Devices:
             if tenant.held:  # its report is on its way; it comes back when the driver lets it go on
                 tenant.held = False
             else:
-                tenant.step = max((rung for rung in self._load.rungs if rung <= tenant.step), default=0)
-                tenant.asked = True
-                self._decide(lambda tenant=tenant: self._placement.wait(tenant.trial, ""))
+                self._fall_back(tenant)
+                self._queue(tenant)
         self._later(_DEVICE_RETURNS_S, lambda: self._appear(number))
 
 
 class FakeRay:
-    """What Tune's actor manager asks of Ray.
+    """What Tune's manager of actors, and the seats in it, ask of Ray.
 
     Args:
-        devices: answer the calls of trials' actors.
+        devices: what the reception's tenants are on.
         clock: of the simulation.
         costs: of Ray's calls.
         seed: of the order in which futures that are ready at once are found.
 
     Attributes:
         latencies: seconds from each report to the end of the driver's work on it: of those that decide, and of others.
-        calls: methods of actors that were called.
         futures: number of futures in each wait.
     """
 
-    def __init__(self, devices: Devices, clock: Clock, costs: RayCosts, seed: int) -> None:
+    def __init__(self, devices: Devices, clock: Clock, costs: Costs, seed: int) -> None:
         self._devices, self._clock, self._costs = devices, clock, costs
         self._draw = random.Random(named_seed(seed, "futures"))
+        self._objects: list[Future] = []
         self.latencies: dict[bool, list[float]] = {True: [], False: []}
         self.futures: list[int] = []
         self._at_work: Future | None = None
-        self._tracked: Callable[[Future], bool] = lambda future: True
 
-    def namespace(self, tracked: Callable[[Future], bool]) -> Any:
-        """Takes the place of the module `ray` in the actor manager, which knows what it still tracks."""
-        self._tracked = tracked
+    @property
+    def module(self) -> Any:
+        """Takes the place of the module `ray`."""
         return SimpleNamespace(
             wait=self._wait,
             get=self._get,
+            put=self._put,
             kill=lambda actor: None,
             actor=ray.actor,
             remote=ray.remote,
             ObjectRef=Future,
         )
 
-    def called(self, actor: _FakeActor, method: str, arguments: tuple[Any, ...]) -> Future:
-        """A method of a trial's actor is called."""
+    @property
+    def reception(self) -> Handle:
+        """Takes the place of the process of the tenants."""
+        return SimpleNamespace(
+            train=SimpleNamespace(remote=partial(self._called, self._devices.train)),
+            leave=SimpleNamespace(remote=partial(self._called, self._devices.leave)),
+        )
+
+    def _called(self, method: Callable[..., None], *arguments: Any) -> Future:
         self._clock.charge(self._costs.call)
         with self._clock.stopped():
-            future, now = Future(), self._clock.now
-            if method == "train":
-                self._devices.next_report(actor.trial, future)
-                return future
-            if method == "reset":
-                actor.trial, future.value = arguments[0]["trial"], True
-            elif method == "save":
-                future.value = _TrainingResult(checkpoint=None, metrics={})
-            self._devices.later(now + _REPLY_S, future)
+            future = Future()
+            method(future, *arguments)
             return future
+
+    def _put(self, value: Any) -> Future:
+        self._clock.charge(self._costs.put)
+        with self._clock.stopped():
+            self._objects.append(Future(value))
+            return self._objects[-1]
 
     def _wait(self, futures: Sequence[Future], num_returns: int, timeout: float) -> tuple[list[Future], list[Future]]:
         self._clock.charge(self._costs.wait + len(futures) * self._costs.wait_each)
@@ -462,75 +511,33 @@ class FakeRay:
             if done is not None and done.report:
                 self.latencies[done.decides].append(self._clock.now - done.born)
             self.futures.append(len(futures))
-            self._at_work = self._found()
+            self._at_work = self._found(futures)
             return ([] if self._at_work is None else [self._at_work]), []
 
-    def _found(self) -> Future | None:
-        """One of the futures that are ready, as if in a drawn order; the driver waits for the first where none is."""
+    def _found(self, futures: Sequence[Future]) -> Future | None:
+        """One that is ready, as if in a drawn order; the driver waits for the first where none is.
+
+        Ray (2.60) finds objects that were put only where no call is answered, whatever their place in the list.
+        """
+        waited_for = set(futures)
         while True:
             self._devices.advance(self._clock.now)
-            ready = self._devices.ready
-            while ready:
-                chosen = self._draw.randrange(len(ready))
-                ready[chosen], ready[-1] = ready[-1], ready[chosen]
-                future = ready.pop()
-                if self._tracked(future):
-                    return future
+            found = self._drawn(self._devices.ready, waited_for) or self._drawn(self._objects, waited_for)
             when = self._devices.next_at()
-            if when is None:
-                return None
+            if found is not None or when is None:
+                return found
             self._clock.wait_until(when)
+
+    def _drawn(self, ready: list[Future], waited_for: Collection[Future]) -> Future | None:
+        while ready:
+            chosen = self._draw.randrange(len(ready))
+            ready[chosen], ready[-1] = ready[-1], ready[chosen]
+            future = ready.pop()
+            if future in waited_for:
+                return future
+        return None
 
     def _get(self, future: Future) -> Any:
         if future.error is not None:
             raise future.error
         return future.value
-
-
-class _FakeActor:
-    """A trial's actor; its methods go to `FakeRay`."""
-
-    def __init__(self, below: FakeRay, trial: str) -> None:
-        self._below, self.trial = below, trial
-
-    def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *given, **more: self._below.called(self, method, given))
-
-
-@dataclass
-class _Acquired(AcquiredResources):
-    below: FakeRay
-
-    def annotate_remote_entities(self, entities: Any) -> Any:
-        return [SimpleNamespace(remote=lambda **given: _FakeActor(self.below, given["config"]["trial"]))]
-
-    def _annotate_remote_entity(self, entity: Any, bundle: Any, bundle_index: int) -> Any:
-        raise NotImplementedError  # Ray's own `annotate_remote_entities`, replaced above, is its only caller
-
-
-class AmpleResources(ResourceManager):
-    """Room for as many tenants as ask for it."""
-
-    def __init__(self, below: FakeRay) -> None:
-        self._below = below
-
-    def request_resources(self, resource_request: ResourceRequest) -> None:
-        """There is always room."""
-
-    def cancel_resource_request(self, resource_request: ResourceRequest) -> None:
-        """There is always room."""
-
-    def has_resources_ready(self, resource_request: ResourceRequest) -> bool:
-        """Yes."""
-        return True
-
-    def acquire_resources(self, resource_request: ResourceRequest) -> AcquiredResources:
-        """Room for one tenant."""
-        return _Acquired(resource_request, self._below)
-
-    def free_resources(self, acquired_resource: AcquiredResources) -> None:
-        """There is always room."""
-
-    def get_resource_futures(self) -> list[Any]:
-        """None."""
-        return []

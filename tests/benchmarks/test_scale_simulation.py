@@ -15,7 +15,7 @@ from benchmarks.scale_simulation import EVALUATIONS, STEP_S, most_at_once
 from tunebench.tuning.ray_environment import TUNE_ENVIRONMENT
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scale_simulation.py"
-FREE = {"call": 0.0, "wait": 0.0, "wait_each": 0.0}
+FREE = dict.fromkeys(("call", "put", "wait", "wait_each", "stay", "report"), 0.0)
 TRIALS, GPUS, SLOTS, HORIZON = 15, 2, 4, 4000
 STRETCH_S = HORIZON / EVALUATIONS * STEP_S["nequip-4"]
 
@@ -51,11 +51,12 @@ def test_simulated_time_is_that_of_the_steps_and_the_drivers_own(outcome: dict[s
 
 
 def test_what_ray_costs_is_charged_and_trials_that_crash_or_lose_their_device_come_back() -> None:
-    dear = {"call": 0.05, "wait": 0.05, "wait_each": 0.01}
+    dear = {"call": 0.05, "put": 0.05, "wait": 0.05, "wait_each": 0.01, "stay": 0.0, "report": 0.02}
     twice = {"gpus": 2 * GPUS, "trials": 2 * TRIALS, "workloads": 2, "drivers": 2}
     outcome = simulated(**{"here": json.dumps(dear), "crashes": 0.02, "losses-per-day": 200.0, **twice})
     assert outcome["ended"] == TRIALS, "one of the two drivers is simulated"
     assert outcome["driver_s"] > 0.05 * outcome["events"]
+    assert outcome["reception_s"] >= 0.02 * outcome["reports"], "what tenants cost their reception"
     assert outcome["main_s"] > 0.05 * outcome["messages"], "and what it tells the main process"
     assert TRIALS < outcome["messages"] < outcome["entries"]
 
