@@ -274,7 +274,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: Costs, drive
     scheduler = PerArmAsha(
         arm_ladders(resolved.study.tune.asha, {arm.name: arm.rungs for arm in arms}, records, 1),
         keys.__getitem__,
-        lambda *given: queue.room_for(*given),
+        lambda *given: queue.first_with_room(*given),
     )
     pool = _Pool(load.gpus * load.slots)
     queue = TrialQueue(

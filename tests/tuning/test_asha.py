@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,15 +51,15 @@ class Tune:
         ladders = arm_ladders(
             asha or Asha(reduction_factor=3, sentinels=0), rungs, records or [record(k) for k in keys]
         )
-        self.asha = PerArmAsha(ladders, by_id.__getitem__, self._room_for)
+        self.asha = PerArmAsha(ladders, by_id.__getitem__, self._first_with_room)
         for trial in self.trials.values():
             self.asha.on_trial_add(self, trial)
 
     def _trial(self, trial: TrialKey) -> Any:
         return SimpleNamespace(config={"trial": trial.trial_id}, status=Trial.RUNNING)
 
-    def _room_for(self, trial: str, active: Collection[str]) -> bool:
-        return self.room is None or len(active) < self.room
+    def _first_with_room(self, trials: Sequence[str], active: Collection[str]) -> str | None:
+        return trials[0] if self.room is None or len(active) < self.room else None
 
     def get_live_trials(self) -> list[Any]:
         return [trial for trial in self.trials.values() if trial.status != Trial.TERMINATED]

@@ -77,13 +77,12 @@ def test_a_queue_that_has_handed_over_all_is_finished_though_no_place_is_left(ha
     assert queue.is_finished()
 
 
-def test_a_promoted_trial_takes_a_place_of_its_kind(handed: Any) -> None:
+def test_the_first_promoted_trial_for_whose_kind_there_is_a_place_takes_it(handed: Any) -> None:
     queue, called = handed(Room(1, None))
-    assert not queue.room_for("t1", ["t0", "a0"])
-    assert queue.room_for("t1", ["a0", "a1"])
-    assert queue.room_for("a1", ["t0", "a0"])
-    assert called == ["t1", "a1"]
+    assert queue.first_with_room(["t1"], ["t0", "a0"]) is None
+    assert queue.first_with_room(["t1", "a1"], ["t0", "a0"]) == "a1"
+    assert queue.first_with_room(["t1", "a1"], ["a0", "a1"]) == "t1"
+    assert called == ["a1", "t1"]
     queue, called = handed(Room(0, 0))
-    assert not queue.room_for("t1", [])
-    assert not queue.room_for("a1", [])
+    assert queue.first_with_room(["t1", "a1"], []) is None
     assert called == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
+from collections.abc import Callable, Collection, Iterable, KeysView, Mapping, Sequence
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -65,7 +65,7 @@ class PerArmAsha(FIFOScheduler):
     Args:
         ladders: by arm; an arm without one is never stopped.
         key_of: trial keys by trial id.
-        room_for: whether a trial that was promoted may start now, given the ids of those that are active.
+        first_with_room: the first of promoted trials that may start now, given the ids of those that are active.
         wish: what was asked of the run.
     """
 
@@ -73,11 +73,11 @@ class PerArmAsha(FIFOScheduler):
         self,
         ladders: Mapping[str, Ladder],
         key_of: Callable[[str], TrialKey],
-        room_for: Callable[[str, Collection[str]], bool] = lambda trial, active: True,
+        first_with_room: Callable[[Sequence[str], Collection[str]], str | None] = lambda trials, active: trials[0],
         wish: Callable[[], Wish] = lambda: Wish.RESUME,
     ):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._ladders, self._key_of, self._room_for, self._wish = ladders, key_of, room_for, wish
+        self._ladders, self._key_of, self._first_with_room, self._wish = ladders, key_of, first_with_room, wish
         self._trials: dict[str, Trial] = {}
         self._places: dict[str, int] = {}  # in Tune's list
         self._new: deque[Trial] = deque()
@@ -177,10 +177,10 @@ class PerArmAsha(FIFOScheduler):
             live = tune_controller.get_live_trials()
             busy = (trial for trial in live if trial.status in (Trial.RUNNING, Trial.PENDING))
             active = {trial.config["trial"] for trial in busy} - self.waiting
-            for trial in promoted:
-                if self._room_for(trial.config["trial"], active):
-                    self._forget(trial)
-                    return trial
+            found = self._first_with_room([trial.config["trial"] for trial in promoted], active)
+            if found is not None:
+                self._forget(self._trials[found])
+                return self._trials[found]
         return None
 
     def debug_string(self) -> str:

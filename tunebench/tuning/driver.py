@@ -99,7 +99,7 @@ def drive(work: DriverWork, room: Room, write: Write, callbacks: Sequence[tune.C
         lambda trial: write([Called(key=keys[trial])]),
     )
     ladders = arm_ladders(work.asha, work.rungs, work.records, work.fewest)
-    scheduler = PerArmAsha(ladders, keys.__getitem__, queue.room_for, orders.wish)
+    scheduler = PerArmAsha(ladders, keys.__getitem__, queue.first_with_room, orders.wish)
     recorder = Recorder(
         write,
         scheduler,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -195,14 +195,23 @@ class TrialQueue(BasicVariantGenerator):
             self._called(trial.config["trial"])
         return trial
 
-    def room_for(self, trial: str, active: Collection[str]) -> bool:
-        """Whether a trial that was promoted may take a place while these trials have one or wait for one; it does."""
-        tenant = trial in self._tenants
+    def first_with_room(self, trials: Iterable[str], active: Collection[str]) -> str | None:
+        """The first of trials that were promoted that may take a place while others have one or wait for one; it does.
+
+        Args:
+            trials: in their order.
+            active: names of those that have a place or wait for one.
+        """
+        tenants = sum(name in self._tenants for name in active)
+        room = {True: self._has_room(tenants, tenant=True), False: self._has_room(len(active) - tenants, tenant=False)}
+        found = next((trial for trial in trials if room[trial in self._tenants]), None)
+        if found is not None:
+            self._called(found)
+        return found
+
+    def _has_room(self, taken: int, *, tenant: bool) -> bool:
         bound = self._bound(tenant=tenant)
-        if bound is not None and sum((name in self._tenants) == tenant for name in active) >= bound:
-            return False
-        self._called(trial)
-        return True
+        return bound is None or taken < bound
 
     def _bound(self, *, tenant: bool) -> int | None:
         return self._room.capacity() if tenant else self._room.others()
