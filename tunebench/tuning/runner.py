@@ -150,10 +150,10 @@ def _check_arms(
         check_arms(resolved, data)
         return
     set_ray_environment(options.address)
+    from tunebench.tuning.stage import join_ray  # imports Ray, which reads its environment now
+
     with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
         checked = beside.submit(check_arms, resolved, data)
-        from tunebench.tuning.stage import join_ray  # imports Ray, which reads its environment now
-
         join_ray(options.address, resolved.study.resources, options.run, storage, console)
         terminate_like_interrupt()  # Ray has set its own handler, which aborts
     checked.result()
