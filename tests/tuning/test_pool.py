@@ -163,11 +163,15 @@ def test_the_pool_covers_all_nodes_and_outlives_one(
     cluster = Cluster(initialize_head=True, head_node_args=small)
     try:
         node = cluster.add_node(**small)
-        tune = {"trials_per_arm": 6, "asha": None}
         driver = start(
-            "--address", cluster.address, resources={"slots": 2}, tune=tune, confirm={"top_k": 1, "seeds": 1}
+            "--address",
+            cluster.address,
+            workloads=[{**LONG, "max_steps": 600}],  # the second cohort may open some seconds after the first
+            resources={"slots": 2},
+            tune={"trials_per_arm": 6, "asha": None},
+            confirm={"top_k": 1, "seeds": 1},
         )
-        driver.wait(lambda: len(driver.saved()) >= 3)  # one has two slots
+        driver.wait(lambda: len(driver.saved()) >= 4)  # each has two slots
         cluster.remove_node(node, allow_graceful=False)
         assert driver.finish()[0] == 0
     finally:
