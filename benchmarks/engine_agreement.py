@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -269,20 +268,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print every comparison; exit code 1 where a cohort lies outside the spread of lightning's runs."""
     arguments = parse_arguments()
-    study, data = throughput.study_and_data(arguments.data)
-    setup = throughput.Setup(
-        study=study,
-        data=data,
-        device=arguments.device,
-        threads=arguments.threads,
-        evaluate_every=arguments.every,
-        seconds=math.inf,
-        horizon=arguments.steps,
-        patience_s=math.inf,
-        cache=arguments.out / "cache",
-        periods=None,
-        profiles=None,
-    )
+    cache = arguments.out / "cache"
+    setup = throughput.bare_setup(arguments, evaluate_every=arguments.every, horizon=arguments.steps, cache=cache)
     torch.set_num_threads(arguments.threads)
     found: list[Agreement] = []
     curves = {}

@@ -111,19 +111,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print a line per model and start."""
     arguments = parse_arguments()
-    study, data = throughput.study_and_data(arguments.data)
-    setup = throughput.Setup(
-        study=study,
-        data=data,
-        device=arguments.device,
-        threads=arguments.threads,
-        evaluate_every=1,
-        seconds=0.0,
-        horizon=_HORIZON,
-        patience_s=arguments.patience,
-        cache=Path(),
-        periods=None,
-        profiles=None,
+    setup = throughput.bare_setup(
+        arguments, evaluate_every=1, horizon=_HORIZON, patience_s=arguments.patience, cache=Path()
     )
     content: dict[str, Any] = {}
     for model in arguments.models:

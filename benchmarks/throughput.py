@@ -200,12 +200,12 @@ class Setup:
     device: str
     threads: int
     evaluate_every: int
-    seconds: float
     horizon: int
-    patience_s: float
     cache: Path
-    periods: int | None
-    profiles: Path | None
+    seconds: float = math.inf
+    periods: int | None = None
+    patience_s: float = math.inf
+    profiles: Path | None = None
 
 
 class CellFailed(Exception):
@@ -975,6 +975,20 @@ def study_and_data(name: str) -> tuple[Study, PreparedData]:
     """
     study = resolve(shipped_folder("studies") / STUDIES[name]).study
     return study, prepare(study.workloads[0].data, progress=print)
+
+
+def bare_setup(arguments: argparse.Namespace, **own: Any) -> Setup:
+    """What a benchmark that times for itself shares with this one: data, device and threads of its command line.
+
+    Args:
+        arguments: with `data`, `device` and `threads`.
+        own: the other fields of `Setup`.
+
+    Raises:
+        StudyError, WorkloadError: no data.
+    """
+    study, data = study_and_data(arguments.data)
+    return Setup(study=study, data=data, device=arguments.device, threads=arguments.threads, **own)
 
 
 def make_setup(arguments: argparse.Namespace, out: Path) -> Setup:
