@@ -296,9 +296,7 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: Costs, drive
     own_disk = clock.counting_the_disk() if drivers == 1 else nullcontext()
     with progress, own_disk:
         clock.start()
-        while not controller.is_finished() and len(below.futures) < events:
-            controller.step()
-            watch.look(len(controller.get_trials()))
+        _drive(controller, below, watch, events)
     latencies = {decides: _percentiles(found) for decides, found in below.latencies.items()}
     return Outcome(
         drivers=drivers,
@@ -325,6 +323,13 @@ def simulate(load: Load, resolved: ResolvedStudy, run: Path, costs: Costs, drive
         main_s=main.main_s,
         disk_s=main.disk_s,
     )
+
+
+def _drive(controller: TuneController, below: FakeRay, watch: _Watch, events: int) -> None:
+    """Until all trials have ended or so many events were seen."""
+    while not controller.is_finished() and len(below.futures) < events:
+        controller.step()
+        watch.look(len(controller.get_trials()))
 
 
 class _Watch:

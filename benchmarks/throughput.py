@@ -967,18 +967,8 @@ def _listed(
     return values
 
 
-def study_and_data(name: str) -> tuple[Study, PreparedData]:
-    """The study behind `--data`, and its first workload's data.
-
-    Raises:
-        StudyError, WorkloadError: no data.
-    """
-    study = resolve(shipped_folder("studies") / STUDIES[name]).study
-    return study, prepare(study.workloads[0].data, progress=print)
-
-
 def bare_setup(arguments: argparse.Namespace, **own: Any) -> Setup:
-    """What a benchmark that times for itself shares with this one: data, device and threads of its command line.
+    """Data, device and threads of a command line, here and in benchmarks that time for themselves.
 
     Args:
         arguments: with `data`, `device` and `threads`.
@@ -987,7 +977,8 @@ def bare_setup(arguments: argparse.Namespace, **own: Any) -> Setup:
     Raises:
         StudyError, WorkloadError: no data.
     """
-    study, data = study_and_data(arguments.data)
+    study = resolve(shipped_folder("studies") / STUDIES[arguments.data]).study
+    data = prepare(study.workloads[0].data, progress=print)
     return Setup(study=study, data=data, device=arguments.device, threads=arguments.threads, **own)
 
 
@@ -997,14 +988,10 @@ def make_setup(arguments: argparse.Namespace, out: Path) -> Setup:
     Raises:
         StudyError, WorkloadError: no data.
     """
-    study, data = study_and_data(arguments.data)
     every = arguments.evaluate_every
     periods = max((arguments.horizon - _WARM_UP) // every, 1)  # the horizon is an evaluation
-    return Setup(
-        study=study,
-        data=data,
-        device=arguments.device,
-        threads=arguments.threads,
+    return bare_setup(
+        arguments,
         evaluate_every=every,
         seconds=arguments.seconds,
         horizon=_WARM_UP + periods * every,

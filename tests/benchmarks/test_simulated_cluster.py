@@ -11,11 +11,11 @@ from ray.air.execution import ResourceRequest
 from ray.exceptions import RayTaskError
 
 from benchmarks.simulated_cluster import Clock, Costs, Devices, FakeRay, Future, Load
+from tests.benchmarks.test_scale_simulation import FREE
 from tunebench.tuning import trial_actors
 from tunebench.tuning.tenancy import VISIT, CohortLost
 from tunebench.tuning.trial_actors import AFTER_LAST, SEAT, Seat, Seats
 
-FREE = {"call": 0.0, "put": 0.0, "wait": 0.0, "wait_each": 0.0, "stay": 0.0, "report": 0.0}
 EVERY, HORIZON, STEP_S = 100, 400, 0.1
 
 
@@ -27,9 +27,10 @@ class Cluster:
             gpus=1, slots=slots, every_steps=EVERY, horizon=HORIZON, rungs=(200,), step_s=STEP_S, crashes=crashes
         )
         self.clock = Clock()
-        self.devices = Devices(load, self.clock, Costs(**{**FREE, **costs}), self._report)
+        charged = Costs(**{**FREE, **costs})
+        self.devices = Devices(load, self.clock, charged, self._report)
         self.devices.plan(["trial"])
-        self.ray = FakeRay(self.devices, self.clock, Costs(**{**FREE, **costs}), 0)
+        self.ray = FakeRay(self.devices, self.clock, charged, 0)
         self._seats = Seats(Any, lambda: self.ray.reception)
 
     def _report(self, trial: str, step: int) -> dict[str, Any]:

@@ -372,7 +372,7 @@ class Cohort:
         if self._compiled and left < _SHRUNK_FROM:
             return bucket
         smaller, by = bucket, _SHRUNK_BY[self.device.type]
-        while smaller >= by and smaller // by >= trials:
+        while smaller // by >= trials:
             smaller //= by
             traced = (self.padding.usual, smaller) in self._gradient_programs
             if traced or (bucket - smaller) * left >= _TRACED_FROM[self.device.type]:

@@ -201,7 +201,9 @@ def fuse(
         log.warning("%s: %s", type(function).__name__, reason)
         return replace(unfused, reason=reason)
     took = {**unfused.seconds, **fused.seconds}
-    log.info("%s: %s", type(function).__name__, ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items()))
+    if "compile" in took:
+        said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
+        log.info("%s: %s", type(function).__name__, said)
     return replace(fused, difference=difference)
 
 

@@ -211,9 +211,10 @@ def static_batches(
         raise ValueError(f"batch_size: found {batch_size}, allowed: at least 1")
     order = evaluation_order(len(frames), batch_size)
     shape = smallest_shape(frames.sizes, order)
-    filling = None if usual is None else filled(frames.sizes, usual)
-    if usual is not None and filling is not None and _costs_little(filling, usual, order, shape):
-        order, shape = filling, usual
+    if usual is not None:
+        filling = filled(frames.sizes, usual)
+        if filling is not None and _costs_little(filling, usual, order, shape):
+            order, shape = filling, usual
     indices = torch.as_tensor(order, device=frames.num_atoms.device)
     labelled = None if masked else torch.ones_like(frames.labelled)
     batches = [assemble(frames, row, shape, labelled) for row in indices]

@@ -35,7 +35,6 @@ from tunebench.study.spec import ModelProperties, Study
 from tunebench.study.storage import Storage
 from tunebench.tuning.console_lines import say
 from tunebench.tuning.orders import Orders
-from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import join_ray
 from tunebench.tuning.trial_log import log_to, trial_log
 
@@ -117,7 +116,6 @@ def run_properties(
     if not any(job.left(run) for job in jobs):
         return
     join_ray(options.address, study.resources, run, storage, console)
-    terminate_like_interrupt()  # Ray has set its own handler, which aborts
     references = reference_jobs(study)
     alone = storage is not None or options.address is None
     node = _node_with_room([*references, *jobs]) if alone else None

@@ -155,7 +155,6 @@ def _check_arms(
     with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
         checked = beside.submit(check_arms, resolved, data)
         join_ray(options.address, resolved.study.resources, options.run, storage, console)
-        terminate_like_interrupt()  # Ray has set its own handler, which aborts
     checked.result()
 
 

@@ -66,7 +66,6 @@ def run_stage(
     write_experiment(options.run, {name for arm in arms for name in (*arm.space.parameters, *arm.space.fixed)})
     progress = Progress.of(options.run, stage, console, records)
     join_ray(options.address, study.resources, options.run, copy.storage, console)
-    terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(study.resources, waits=options.address is not None, console=console)
     names = {workload: choice.engine.value for workload, choice in engines.items()}
     workloads = {name: task.workload.name for name, task in tasks.items()}
@@ -161,27 +160,21 @@ class Watching(tune.Callback):
 def join_ray(address: str | None, resources: Resources, run: Path, storage: Storage | None, console: Console) -> None:
     """Join a cluster, or start one on this machine, whose ports ask for the token of `set_ray_environment`.
 
-    Does nothing where this process is connected already.
+    A process that is connected already stays so. SIGTERM ends it as Ctrl-C does, as before.
 
     Raises:
         RunError: a node of the cluster runs other software than this process, or does not share the run's storage.
     """
     log_driver(run)
-    if ray.is_initialized():
-        return
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
-    if address:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False)
+    joins = not ray.is_initialized()
+    if joins:
+        own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "configure_logging": False}
+        where = {"address": address} if address else {"address": "local", **own}
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}
+        ray.init(**where, runtime_env=environment, log_to_driver=False)
+    terminate_like_interrupt()  # Ray has set its own handler, which aborts
+    if joins and address:
         check_nodes(Standard.of_driver(resources.device, run, storage), console)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        runtime_env=environment,
-        configure_logging=False,
-    )
 
 
 def check_fit(resources: Resources, *, waits: bool, console: Console) -> None:

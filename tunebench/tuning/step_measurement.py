@@ -30,7 +30,6 @@ from tunebench.tuning.failures import one_line
 from tunebench.tuning.node_checks import devices_there
 from tunebench.tuning.node_copy import run_here, workload_here
 from tunebench.tuning.orders import Orders
-from tunebench.tuning.ray_environment import terminate_like_interrupt
 from tunebench.tuning.stage import check_fit, join_ray
 from tunebench.tuning.trial_log import LOGS, log_to
 from tunebench.workloads.data import graphs_folder
@@ -106,7 +105,6 @@ def _kinds(errand: Errand, address: str | None, console: Console) -> list[_Place
     """Kinds of device in the cluster, which is joined; that of which there are most first."""
     resources = errand.resolved.study.resources
     join_ray(address, resources, errand.run, errand.storage, console)
-    terminate_like_interrupt()  # Ray has set its own handler, which aborts
     check_fit(resources, waits=address is not None, console=console)
     devices = devices_there(resources)
     kinds = most_frequent_first(device.kind for device in devices)
