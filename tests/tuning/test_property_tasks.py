@@ -10,12 +10,14 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from rich.console import Console
 
 from analysis.properties import load_properties
 from tests.tuning.conftest import tunebench
@@ -30,6 +32,7 @@ from tunebench.study.journal import JournalWriter, read_trials
 from tunebench.study.record import PROPERTIES, Readout, Stage, TrialKey, TrialRecord
 from tunebench.study.resolve import load_run, resolve
 from tunebench.study.status import run_status
+from tunebench.tuning import property_tasks
 from tunebench.workloads.data import prepare
 from tunebench.workloads.structure_files import read_prepared
 
@@ -245,3 +248,29 @@ def test_a_run_refuses_to_begin_where_a_library_is_missing(
     with pytest.raises(RunError, match=r"properties: found no matcalc, allowed: what pip install"):
         run_study(resolve(measured_run.parent / "study.yaml"), RunOptions(run=tmp_path / "run"), Console())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_round_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Job:
+        readout, cpus, gpus, model = Readout.RAW, 1.0, 0.0, "trial"
+
+        def left(self, run: Path) -> int:
+            return self not in ended
+
+    ended: set[Any] = set()
+    jobs = [Job() for _ in range(4)]
+    ray = mock.MagicMock()
+    ray.remote.return_value.options.return_value.remote.side_effect = lambda job, run: job
+    ray.wait.side_effect = lambda pending, timeout: (pending[:1], pending[1:])
+    ray.get.side_effect = ended.add
+    monkeypatch.setattr(property_tasks, "ray", ray)
+    monkeypatch.setattr(property_tasks, "join_ray", mock.Mock())
+    monkeypatch.setattr(property_tasks, "model_jobs", lambda *arguments: jobs)
+    monkeypatch.setattr(property_tasks, "reference_jobs", lambda *arguments: [])
+    monkeypatch.setattr(property_tasks, "_SAY_EVERY_S", 0.0)
+    console = Console(record=True)
+    property_tasks.run_properties(
+        mock.Mock(), [], mock.Mock(run=tmp_path, address="auto"), storage=None, console=console
+    )
+    said = [line for line in console.export_text().splitlines() if "models" in line]
+    assert said == [f"properties: {done} of 4 models done" for done in range(5)]

@@ -6,7 +6,8 @@ goes on where a kill came, with the entry that it interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tunebench.tuning.runner import RunOptions
 
 _LOOK_EVERY_S = 1.0
+_SAY_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,7 @@ class _Tasks:
     def __init__(self, run: Path, study: Study, node: str | None, console: Console) -> None:
         self._run, self._study, self._node, self._console = run, study, node, console
         self._orders = Orders(run)
+        self._said = time.monotonic()
 
     def work_off(self, jobs: Sequence[ModelJob], what: str) -> None:
         """Return when all jobs are done.
@@ -199,11 +202,15 @@ class _Tasks:
         """
         while left := [job for job in jobs if job.left(self._run)]:
             self._orders.wait_for_resume()
-            say(self._console, f"properties: {len(jobs) - len(left)} of {len(jobs)} {what} done")
-            self._round(left)
-        say(self._console, f"properties: {len(jobs)} of {len(jobs)} {what} done")
+            self._say(len(jobs) - len(left), len(jobs), what)
+            self._round(left, lambda waiting: self._say(len(jobs) - waiting, len(jobs), what))
+        self._say(len(jobs), len(jobs), what)
 
-    def _round(self, jobs: Sequence[ModelJob]) -> None:
+    def _say(self, done: int, planned: int, what: str) -> None:
+        say(self._console, f"properties: {done} of {planned} {what} done")
+        self._said = time.monotonic()
+
+    def _round(self, jobs: Sequence[ModelJob], say_waiting: Callable[[int], None]) -> None:
         """Start all jobs and wait; Ray runs as many at a time as the cluster has room for."""
         remote: Any = ray.remote(_measure)
         where = "DEFAULT" if self._node is None else NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)
@@ -223,6 +230,8 @@ class _Tasks:
                 ready, pending = ray.wait(pending, timeout=_LOOK_EVERY_S)
                 for task in ready:
                     self._end(task, tasks)
+                if pending and time.monotonic() - self._said >= _SAY_EVERY_S:
+                    say_waiting(len(pending))
         finally:
             for task in pending:
                 ray.cancel(task, force=True)
