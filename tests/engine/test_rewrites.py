@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tunebench.engine.rewrites import (
     constants_as_inputs,
+    long_sums_in_parts,
     own_memory_for_scatter_bases,
     simplify,
     small_products_as_sums,
@@ -146,3 +147,43 @@ def test_only_short_sums_over_many_matrices_are_written_out_and_keep_their_value
     assert ("aten.sum.dim_IntList" in targets(module)) == (name in SMALL)
     (found,) = module(left, right)
     torch.testing.assert_close(found, expected)
+
+
+LONG = {
+    "the gradient of a weight on edges": (2392, slice(None), 8),
+    "columns of a wider table": (2392, slice(0, 6), 8),
+    "few divisors": (2 * 1201, slice(None), 2),
+}
+WHOLE = {
+    "a prime number of edges": (2399, slice(None)),
+    "atoms": (137, slice(None)),
+}
+
+
+@pytest.mark.parametrize("name", [*LONG, *WHOLE])
+def test_long_sums_over_rows_are_taken_in_parts_and_keep_their_value(name):
+    rows, columns, *parts = (LONG | WHOLE)[name]
+    left, right = draw(SLOTS, rows, FEATURES), draw(SLOTS, rows, 9, seed=1)
+
+    def gradient(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left.transpose(1, 2) @ right[:, :, columns]
+
+    module = simplify(traced(gradient, left, right))
+    assert long_sums_in_parts(module) == len(parts)
+    stacks = [product.shape[0] for product in _results(module, aten.bmm.default)]
+    assert stacks == [SLOTS * (parts[0] if parts else 1)]
+    (found,) = module(left, right)
+    torch.testing.assert_close(found, gradient(left, right), rtol=1e-5, atol=1e-4)
+    in_double = gradient(left.double(), right.double())
+    assert (found - in_double).norm() < 1e-6 * in_double.norm()
+
+
+def test_sums_whose_parts_would_have_to_be_copied_stay_whole():
+    left, right = draw(SLOTS, FEATURES, 2392), draw(SLOTS, 2392, 9)
+    module = simplify(traced(torch.matmul, left, right))
+    assert not long_sums_in_parts(module)
+    assert torch.equal(module(left, right)[0], left @ right)
+
+
+def _results(module: GraphModule, target: object) -> list[torch.Tensor]:
+    return [node.meta["val"] for node in module.graph.nodes if node.target is target]

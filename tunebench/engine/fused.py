@@ -42,6 +42,7 @@ from tunebench.engine.graphs import Replayed, synchronize
 from tunebench.engine.loss import LossWeights, weighted_loss
 from tunebench.engine.rewrites import (
     constants_as_inputs,
+    long_sums_in_parts,
     own_memory_for_scatter_bases,
     simplify,
     small_products_as_sums,
@@ -365,6 +366,8 @@ def joint_graph(function: SlotFunction, example_inputs: Sequence[Tensors]) -> tu
         )(*layout.inputs(example_inputs))
     module = GraphModule(module, fx_graph_cse(simplify(module).graph))
     own_memory_for_scatter_bases(module)
+    if any(tensor.is_cuda for tensor in layout.inputs(example_inputs)):  # on a CPU such sums are taken in parts
+        long_sums_in_parts(module)
     return module, replace(layout, returned=treespec_dumps(returned[-1]))
 
 

@@ -6,6 +6,7 @@ strides, so views are written as `reshape`, which does not depend on them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,68 @@ def _is_small(node: Any) -> bool:
     if node.target is aten.mm.default:
         return left.shape[0] > _MANY and right.shape[1] <= _FEW_COLUMNS
     return left.shape[0] > _MANY
+
+
+def long_sums_in_parts(module: GraphModule) -> int:
+    """Write products of matrices that sum over thousands of rows as sums of several; returns how many were rewritten.
+
+    The gradient of a weight on edges sums over all edges of a batch. On CUDA a batched product adds them up one by one
+    in few thread blocks, where the product of a single trial takes them in parts: its rounding is larger then, and much
+    of the device idles. Only sums whose parts can be viewed without a copy are rewritten.
+    """
+    graph = module.graph
+    rewritten = 0
+    for node in list(graph.nodes):
+        parts = _parts(node) if node.target is aten.bmm.default else 1
+        if parts == 1:
+            continue
+        left, right = node.args
+        with graph.inserting_before(node):
+            turned = _in_parts(graph, _permuted(graph, left), parts)
+            product = graph.call_function(aten.bmm.default, (_permuted(graph, turned), _in_parts(graph, right, parts)))
+            slots, *shape = _value(node).shape
+            product.meta["val"] = _value(node).new_empty((slots * parts, *shape))
+            terms = _reshaped(graph, product, [slots, parts, *shape])
+            node.replace_all_uses_with(_call(graph, node, aten.sum.dim_IntList, terms, [1]))
+        graph.erase_node(node)
+        rewritten += 1
+    module.recompile()
+    return rewritten
+
+
+def _parts(node: Any) -> int:
+    """In how many parts of equal length, nearest to `_PART`, a product's sum is taken; 1 for one that stays whole."""
+    left, right = (_value(argument) for argument in node.args)
+    length = left.shape[-1]
+    if length < _LONG_SUM or not all(_is_divisible(value) for value in (left.transpose(1, 2), right)):
+        return 1
+    possible = [parts for parts in range(2, length // 2 + 1) if length % parts == 0 and parts * _PART <= 4 * length]
+    return min(possible, key=lambda parts: abs(math.log(length / parts / _PART)), default=1)
+
+
+def _is_divisible(value: torch.Tensor) -> bool:
+    """Whether the rows of a stack of matrices, one after the other, are the rows of further matrices of the stack."""
+    slots, rows, columns = value.stride()
+    return columns == 1 and slots == value.shape[1] * rows
+
+
+def _permuted(graph: Graph, node: Any) -> Any:
+    """A stack of matrices transposed."""
+    new = graph.call_function(aten.permute.default, (node, [0, 2, 1]))
+    new.meta["val"] = _value(node).permute(0, 2, 1)
+    return new
+
+
+def _in_parts(graph: Graph, node: Any, parts: int) -> Any:
+    """Rows of a stack of matrices as those of a stack that has several times as many."""
+    slots, rows, columns = _value(node).shape
+    return _reshaped(graph, node, [slots * parts, rows // parts, columns])
+
+
+def _reshaped(graph: Graph, node: Any, shape: list[int]) -> Any:
+    new = graph.call_function(aten.reshape.default, (node, shape))
+    new.meta["val"] = _value(node).reshape(shape)
+    return new
 
 
 def constants_as_inputs(module: GraphModule) -> tuple[torch.Tensor, ...]:
@@ -337,6 +400,8 @@ _PRODUCTS = frozenset({aten.bmm.default, aten.mm.default})
 _SHORT_SUM = 5  # spherical harmonics of degree 2
 _FEW_COLUMNS = 32
 _MANY = 2048
+_LONG_SUM = 1024
+_PART = 256
 _REPEATS = frozenset({aten.expand.default, prims.broadcast_in_dim.default})
 _SCATTERS = frozenset(
     {
