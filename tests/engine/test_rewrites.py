@@ -10,6 +10,7 @@ from tunebench.engine.rewrites import (
     constants_as_inputs,
     long_sums_in_parts,
     own_memory_for_scatter_bases,
+    padded_sums_as_concatenations,
     simplify,
     small_products_as_sums,
 )
@@ -183,6 +184,56 @@ def test_sums_whose_parts_would_have_to_be_copied_stay_whole():
     module = simplify(traced(torch.matmul, left, right))
     assert not long_sums_in_parts(module)
     assert torch.equal(module(left, right)[0], left @ right)
+
+
+PADDED = {
+    "side by side": ([(0, 2), (2, 5), (5, 9)], 1),
+    "with gaps": ([(1, 2), (4, 8)], 1),
+    "two in one place": ([(0, 4), (4, 9), (0, 4)], 1),
+    "in any order": ([(5, 9), (0, 5)], 1),
+    "overlapping": ([(0, 5), (4, 9)], 0),
+    "one place": ([(0, 5), (0, 5)], 0),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_sums_of_padded_slices_become_concatenations_of_the_same_bits(name, dim):
+    places, rewritten = PADDED[name]
+    shape = [9, 9, 9]
+
+    def total(*parts: torch.Tensor) -> torch.Tensor:
+        behind = [0, 0] * (2 - dim)
+        padded = [
+            torch.constant_pad_nd(part, [*behind, start, 9 - end])
+            for part, (start, end) in zip(parts, places, strict=True)
+        ]
+        return sum(padded[1:], start=padded[0]) * 2.0
+
+    sizes = [[end - start if axis == dim else size for axis, size in enumerate(shape)] for start, end in places]
+    parts = [draw(*size, seed=seed) for seed, size in enumerate(sizes)]
+    module = simplify(traced(total, *parts))
+    assert padded_sums_as_concatenations(module) == rewritten
+    assert ("aten.cat.default" in targets(module)) == bool(rewritten)
+    assert ("aten.constant_pad_nd.default" in targets(module)) != bool(rewritten)
+    assert torch.equal(module(*parts)[0], total(*parts))
+
+
+def test_a_padded_term_beside_another_kind_of_term_stays_a_sum():
+    part, whole = draw(3, 4), draw(3, 9)
+    module = simplify(traced(lambda part, whole: torch.constant_pad_nd(part, [0, 5]) + whole, part, whole))
+    assert not padded_sums_as_concatenations(module)
+
+
+def test_a_sum_that_others_read_too_is_one_of_its_own():
+    def both(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        pair = torch.constant_pad_nd(left, [0, 5]) + torch.constant_pad_nd(right, [4, 0])
+        return (pair + torch.constant_pad_nd(right, [4, 0])) * pair
+
+    left, right = draw(3, 4), draw(3, 5)
+    module = simplify(traced(both, left, right))
+    assert padded_sums_as_concatenations(module) == 1
+    assert torch.equal(module(left, right)[0], both(left, right))
 
 
 def _results(module: GraphModule, target: object) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ from tunebench.engine.rewrites import (
     constants_as_inputs,
     long_sums_in_parts,
     own_memory_for_scatter_bases,
+    padded_sums_as_concatenations,
     simplify,
     small_products_as_sums,
 )
@@ -365,6 +366,7 @@ def joint_graph(function: SlotFunction, example_inputs: Sequence[Tensors]) -> tu
             _allow_non_fake_inputs=True,
         )(*layout.inputs(example_inputs))
     module = GraphModule(module, fx_graph_cse(simplify(module).graph))
+    padded_sums_as_concatenations(module)
     own_memory_for_scatter_bases(module)
     if any(tensor.is_cuda for tensor in layout.inputs(example_inputs)):  # on a CPU such sums are taken in parts
         long_sums_in_parts(module)

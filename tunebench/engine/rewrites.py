@@ -6,6 +6,8 @@ strides, so views are written as `reshape`, which does not depend on them.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -178,6 +180,100 @@ def constants_as_inputs(module: GraphModule) -> tuple[torch.Tensor, ...]:
     for name in constants:
         delattr(module, name)
     return held
+
+
+def padded_sums_as_concatenations(module: GraphModule) -> int:
+    """Write sums of tensors that are padded with zeros to lie side by side as concatenations; returns how many.
+
+    The gradient of a tensor that was read slice by slice is such a sum, of as many terms as there are slices.
+    """
+    graph = module.graph
+    rewritten = 0
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or _continues(node):
+            continue
+        beside = _beside(_terms(node))
+        if beside is None:
+            continue
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_concatenated(graph, node, *beside))
+        rewritten += 1
+    graph.eliminate_dead_code()
+    module.recompile()
+    return rewritten
+
+
+def _continues(node: Any) -> bool:
+    """Whether a sum is nothing but a term of another one."""
+    return len(node.users) == 1 and next(iter(node.users)).target is aten.add.Tensor and _is_plain_sum(node)
+
+
+def _is_plain_sum(node: Any) -> bool:
+    values = [argument.meta["val"] for argument in node.args if isinstance(argument, Node)]
+    alike = len(values) == 2 and values[0].shape == values[1].shape and values[0].dtype == values[1].dtype
+    return alike and not node.kwargs
+
+
+def _terms(node: Any) -> list[Any]:
+    """What a sum of sums adds up, from left to right; nothing where one of them broadcasts or casts."""
+    if not _is_plain_sum(node):
+        return []
+    found = []
+    for argument in node.args:
+        nested = argument.target is aten.add.Tensor and len(argument.users) == 1 and _is_plain_sum(argument)
+        found += _terms(argument) if nested else [argument]
+    return found
+
+
+def _beside(terms: list[Any]) -> tuple[int, dict[tuple[int, int], list[Any]]] | None:
+    """The dimension of padded terms and what lies where along it; None where that is one place, or two overlap."""
+    dims: set[int] = set()
+    places: dict[tuple[int, int], list[Any]] = {}
+    for term in terms:
+        if (place := _place(term)) is None:
+            return None
+        dim, start, end = place
+        dims.add(dim)
+        places.setdefault((start, end), []).append(term.args[0])
+    ordered = sorted(places)
+    overlap = any(before[1] > after[0] for before, after in itertools.pairwise(ordered))
+    if overlap or len(dims) > 1 or len(places) < 2:
+        return None
+    return dims.pop(), {place: places[place] for place in ordered}
+
+
+def _place(term: Any) -> tuple[int, int, int] | None:
+    """Dimension, start and end of what is padded with zeros along one dimension."""
+    if term.target is not aten.constant_pad_nd.default or _argument(term, 2, 0) != 0:
+        return None
+    around = term.args[1]
+    padded = [index for index in range(len(around) // 2) if around[2 * index] or around[2 * index + 1]]
+    if len(padded) != 1 or min(around) < 0:
+        return None
+    dim = _value(term).ndim - 1 - padded[0]
+    return dim, around[2 * padded[0]], _value(term).shape[dim] - around[2 * padded[0] + 1]
+
+
+def _concatenated(graph: Graph, like: Any, dim: int, places: dict[tuple[int, int], list[Any]]) -> Any:
+    """The terms of each place summed up, side by side, with zeros between them."""
+    size = _value(like).shape[dim]
+    parts: list[Any] = []
+    reached = 0
+    for (start, end), terms in places.items():
+        parts += _zeros(graph, like, dim, start - reached)
+        parts.append(functools.reduce(lambda one, other: _call(graph, one, aten.add.Tensor, one, other), terms))
+        reached = end
+    parts += _zeros(graph, like, dim, size - reached)
+    return _call(graph, like, aten.cat.default, parts, dim)
+
+
+def _zeros(graph: Graph, like: Any, dim: int, length: int) -> list[Any]:
+    """Zeros of a length along one dimension, none for 0."""
+    value = _value(like).narrow(dim, 0, length)
+    kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    zeros = _call(graph, like, aten.full.default, list(value.shape), 0.0, **kind)
+    zeros.meta["val"] = value
+    return [zeros] if length else []
 
 
 def _is_expanded(node: Any) -> bool:
