@@ -19,9 +19,11 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.fx import GraphModule
 
 from tests.engine.conftest import Reports
 from tests.engine.test_lightning import assert_same_state
+from tunebench.engine import fused, rewrites, workload_functions
 from tunebench.engine.batches import task_frames
 from tunebench.engine.checkpoints import checkpoint_folder, load_checkpoint
 from tunebench.engine.cohort import Cohort
@@ -29,6 +31,7 @@ from tunebench.engine.fused import unfuse
 from tunebench.engine.lightning import run_trial
 from tunebench.engine.padding import BatchShape, fits
 from tunebench.engine.resident import resident_frames
+from tunebench.engine.rewrites import long_sums_in_parts, padded_sums_as_concatenations
 from tunebench.engine.slot_evaluation import SlotEvaluation
 from tunebench.engine.slot_group import SlotGroup
 from tunebench.engine.task import Evaluation, Seeds, TrialTask
@@ -432,6 +435,32 @@ def test_whatever_is_traced_in_the_middle_of_training_has_as_much_time_as_the_fi
     run_cohort(cohort, tasks, leave_one_alone)
     assert tracing == [(name, 3600.0) for name in ("LossGradient", "Evaluate", "LossGradient")], "of four rows, of one"
     assert set(limits) == {900.0}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_edges_in_multiples_and_sums_over_them_in_parts_as_on_a_gpu_agree_to_rounding(
+    trials: CrystalTrials, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[int, list[Evaluation]]:
+        task = trials.task(family=family)
+        cohort = Cohort(task, 2, compiled=False)
+        (reports,) = run_cohort(cohort, [task]).values()
+        return cohort.padding.usual.edges, reports
+
+    def in_parts(module: GraphModule) -> int:
+        rewritten.append(long_sums_in_parts(module))
+        return padded_sums_as_concatenations(module)
+
+    rewritten: list[int] = []
+    edges, expected = run()
+    monkeypatch.setitem(workload_functions._EDGES_IN, "cpu", 32)
+    monkeypatch.setattr(rewrites, "_LONG_SUM", 32)
+    monkeypatch.setattr(rewrites, "_PART", 8)
+    monkeypatch.setattr(fused, "padded_sums_as_concatenations", in_parts)
+    rounded, found = run()
+    assert edges % 32 != 0 == rounded % 32
+    assert max(rewritten) > 0
+    assert_same_to_rounding(found, expected, 1e-9)
 
 
 def test_a_slot_that_diverges_says_so_once_and_its_place_is_taken(trials: CrystalTrials) -> None:

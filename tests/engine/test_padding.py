@@ -95,6 +95,16 @@ def test_little_waste_or_a_small_saving_is_not_worth_a_second_shape():
     assert padding_plan(wide, batch_size=5, allowed_waste=0.5).usual == batch_shape(wide, 5)
 
 
+@pytest.mark.parametrize("edges", [[71] * 100, [64] * 100, [1] * 50 + [400] * 50, [0] * 100])
+def test_numbers_of_edges_are_multiples_where_that_is_asked(edges: list[int]):
+    sizes = sizes_of([9] * 100, edges)
+    plain, rounded = padding_plan(sizes, 4), padding_plan(sizes, 4, edges_in=32)
+    for before, after in ((plain.guaranteed, rounded.guaranteed), (plain.usual, rounded.usual)):
+        assert after.edges % 32 == 0
+        assert 0 <= after.edges - before.edges < 32
+        assert (after.frames, after.atoms) == (before.frames, before.atoms)
+
+
 def test_a_split_always_gets_the_same_shapes():
     sizes = sizes_of(np.arange(1, 101), np.arange(1, 101) ** 2)
     assert padding_plan(sizes, 4) == padding_plan(sizes, 4)

@@ -92,8 +92,10 @@ class PaddingPlan:
     misfits: float
 
 
-def batch_shape(sizes: FrameSizes, batch_size: int) -> BatchShape:
+def batch_shape(sizes: FrameSizes, batch_size: int, edges_in: int = 1) -> BatchShape:
     """The smallest shape that holds any `batch_size` distinct frames: those with the most atoms, or the most edges.
+
+    Its number of edges is a multiple of `edges_in`.
 
     Raises:
         ValueError: the batch is empty or larger than the split.
@@ -101,7 +103,7 @@ def batch_shape(sizes: FrameSizes, batch_size: int) -> BatchShape:
     if not 1 <= batch_size <= len(sizes):
         raise ValueError(f"batch_size: found {batch_size}, allowed: 1 to the number of frames, {len(sizes)}")
     atoms, edges = (int(np.sort(size)[-batch_size:].sum()) for size in (sizes.atoms, sizes.edges))
-    return _with_ghosts(batch_size, atoms, edges)
+    return _with_ghosts(batch_size, atoms, edges, edges_in)
 
 
 def smallest_shape(sizes: FrameSizes, indices: NDArray[np.int64]) -> BatchShape:
@@ -110,8 +112,10 @@ def smallest_shape(sizes: FrameSizes, indices: NDArray[np.int64]) -> BatchShape:
     return _with_ghosts(indices.shape[-1], int(atoms.max()), int(edges.max()))
 
 
-def padding_plan(sizes: FrameSizes, batch_size: int, allowed_waste: float = ALLOWED_WASTE) -> PaddingPlan:
-    """Choose the shapes of training batches.
+def padding_plan(
+    sizes: FrameSizes, batch_size: int, allowed_waste: float = ALLOWED_WASTE, edges_in: int = 1
+) -> PaddingPlan:
+    """Choose the shapes of training batches, with multiples of `edges_in` edges.
 
     Where more than `allowed_waste` of the atoms or edges of a mean batch of the guaranteed shape is padding, the usual
     shape holds all but `MISFIT_SHARE` of the batches by atoms, and likewise by edges. Both quantiles are read off at
@@ -121,11 +125,11 @@ def padding_plan(sizes: FrameSizes, batch_size: int, allowed_waste: float = ALLO
     Raises:
         ValueError: as for `batch_shape`.
     """
-    guaranteed = batch_shape(sizes, batch_size)
+    guaranteed = batch_shape(sizes, batch_size, edges_in)
     waste = mean_waste(sizes, guaranteed)
     usual, misfits = guaranteed, 0.0
     if max(waste.atoms, waste.edges) > allowed_waste:
-        usual, misfits = _usual_shape(sizes, guaranteed)
+        usual, misfits = _usual_shape(sizes, guaranteed, edges_in)
     return PaddingPlan(
         guaranteed=guaranteed,
         usual=usual,
@@ -183,20 +187,20 @@ def mean_waste(sizes: FrameSizes, shape: BatchShape) -> Waste:
     )
 
 
-def _usual_shape(sizes: FrameSizes, guaranteed: BatchShape) -> tuple[BatchShape, float]:
+def _usual_shape(sizes: FrameSizes, guaranteed: BatchShape, edges_in: int) -> tuple[BatchShape, float]:
     """A shape that nearly all batches fit, with the share that does not; the guaranteed one where that saves little."""
     batch_size = guaranteed.frames - 1
     drawn = _drawn_batches(len(sizes), batch_size)
     atoms, edges = (int(np.quantile(held, 1 - MISFIT_SHARE, method="higher")) for held in sizes.of_batches(drawn))
-    usual = _with_ghosts(batch_size, atoms, edges)
+    usual = _with_ghosts(batch_size, atoms, edges, edges_in)
     if max(1 - usual.atoms / guaranteed.atoms, 1 - usual.edges / guaranteed.edges) < WORTH_SAVING:
         return guaranteed, 0.0
     return usual, 1 - float(fits(sizes, drawn, usual).mean())
 
 
-def _with_ghosts(batch_size: int, atoms: int, edges: int) -> BatchShape:
+def _with_ghosts(batch_size: int, atoms: int, edges: int, edges_in: int = 1) -> BatchShape:
     # A batch of lone atoms still gets one edge, between ghosts: models are not made for batches without any.
-    return BatchShape(frames=batch_size + 1, atoms=atoms + GHOST_ATOMS, edges=max(edges, 1))
+    return BatchShape(frames=batch_size + 1, atoms=atoms + GHOST_ATOMS, edges=-(-max(edges, 1) // edges_in) * edges_in)
 
 
 def _drawn_batches(num_frames: int, batch_size: int) -> NDArray[np.int64]:

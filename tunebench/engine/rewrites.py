@@ -100,9 +100,9 @@ def _is_small(node: Any) -> bool:
 def long_sums_in_parts(module: GraphModule) -> int:
     """Write products of matrices that sum over thousands of rows as sums of several; returns how many were rewritten.
 
-    The gradient of a weight on edges sums over all edges of a batch. On CUDA a batched product adds them up one by one
-    in few thread blocks, where the product of a single trial takes them in parts: its rounding is larger then, and much
-    of the device idles. Only sums whose parts can be viewed without a copy are rewritten.
+    The gradient of a weight on edges sums over all edges of a batch. On CUDA (H200, float32) a batched product rounds
+    such a sum more than the product of a single trial does, and fills less of the device than products of its parts do.
+    Only sums whose parts can be viewed without a copy are rewritten, which a prime number of rows rules out.
     """
     graph = module.graph
     rewritten = 0

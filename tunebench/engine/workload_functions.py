@@ -23,6 +23,8 @@ from tunebench.optim.packing import Tensors
 from tunebench.study.record import Split
 
 _NOT_READ = ("atomic_numbers", "pbc")
+_EDGES_IN = {"cpu": 1, "cuda": 32}
+"""Edges of a training batch are a multiple of this, so that `long_sums_in_parts` finds parts of a good length."""
 
 Called = Callable[..., Any]
 
@@ -58,7 +60,9 @@ class WorkloadFunctions:
         self._batches: dict[str, StaticBatches] = {}
         self._models: dict[BatchShape, FunctionalModel] = {}
         self._predictions: dict[tuple[BatchShape, int], tuple[Called, tuple[str, ...]]] = {}
-        self.padding: PaddingPlan = padding_plan(self.frames(Split.TRAIN).sizes, self.workload.batch_size)
+        self.padding: PaddingPlan = padding_plan(
+            self.frames(Split.TRAIN).sizes, self.workload.batch_size, edges_in=_EDGES_IN[self.device.type]
+        )
 
     def frames(self, split: str) -> ResidentFrames:
         """A split's frames on the device."""
