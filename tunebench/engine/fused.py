@@ -368,7 +368,7 @@ def joint_graph(function: SlotFunction, example_inputs: Sequence[Tensors]) -> tu
     module = GraphModule(module, fx_graph_cse(simplify(module).graph))
     padded_sums_as_concatenations(module)
     own_memory_for_scatter_bases(module)
-    if any(tensor.is_cuda for tensor in layout.inputs(example_inputs)):  # on a CPU such sums are taken in parts
+    if any(tensor.is_cuda for tensor in layout.inputs(example_inputs)):  # not measured elsewhere
         long_sums_in_parts(module)
     return module, replace(layout, returned=treespec_dumps(returned[-1]))
 
