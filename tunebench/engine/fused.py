@@ -368,9 +368,13 @@ def joint_graph(function: SlotFunction, example_inputs: Sequence[Tensors]) -> tu
     module = GraphModule(module, fx_graph_cse(simplify(module).graph))
     padded_sums_as_concatenations(module)
     own_memory_for_scatter_bases(module)
-    if any(tensor.is_cuda for tensor in layout.inputs(example_inputs)):  # not measured elsewhere
+    if _on_cuda(example_inputs):  # not measured elsewhere
         long_sums_in_parts(module)
     return module, replace(layout, returned=treespec_dumps(returned[-1]))
+
+
+def _on_cuda(inputs: Sequence[Tensors]) -> bool:
+    return any(tensor.is_cuda for mapping in inputs for tensor in mapping.values())
 
 
 def _compiled(
@@ -388,7 +392,7 @@ def _compiled(
     if module is None:
         module, _ = joint_graph(function, example_inputs)
         constants_as_inputs(module)
-    if any(tensor.is_cuda for tensor in unfused.layout.inputs(example_inputs)):  # not measured elsewhere
+    if _on_cuda(example_inputs):  # not measured elsewhere
         small_products_as_sums(module)
     inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.source.constants]
     with torch.no_grad(), _inductor_files(store):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,16 @@ def simplify(module: GraphModule) -> GraphModule:
     Args:
         module: a functional graph, traced with concrete shapes.
     """
-    graph = module.graph
-    graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code()
+    _rewrite(module, _REWRITES)
+    return module
+
+
+def _rewrite(module: GraphModule, rewrites: Mapping[Any, _Rewrite]) -> int:
+    """Replace nodes by what the rewrite of their target makes of them, if anything; returns how many were replaced."""
+    graph, replaced = module.graph, 0
     for node in list(graph.nodes):
-        rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
+        rewrite = rewrites.get(node.target) if node.op == "call_function" else None
         if rewrite is None:
             continue
         with graph.inserting_before(node):
@@ -38,9 +44,10 @@ def simplify(module: GraphModule) -> GraphModule:
         if new is not None and new is not node:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+            replaced += 1
     graph.eliminate_dead_code()
     module.recompile()
-    return module
+    return replaced
 
 
 def own_memory_for_scatter_bases(module: GraphModule) -> int:
@@ -67,24 +74,17 @@ def small_products_as_sums(module: GraphModule) -> int:
     compute: a library's kernel pads them to tiles, while Inductor unrolls the sum into the operations around it. To be
     applied before compiling only; uncompiled, the factors' products would be written out.
     """
-    graph = module.graph
-    rewritten = 0
-    for node in list(graph.nodes):
-        if node.target not in _PRODUCTS or not _is_small(node):
-            continue
-        left, right = node.args
-        with graph.inserting_before(node):
-            rows = graph.call_function(aten.unsqueeze.default, (left, -1))
-            rows.meta["val"] = _value(left).unsqueeze(-1)
-            columns = graph.call_function(aten.unsqueeze.default, (right, -3))
-            columns.meta["val"] = _value(right).unsqueeze(-3)
-            terms = graph.call_function(aten.mul.Tensor, (rows, columns))
-            terms.meta["val"] = rows.meta["val"] * columns.meta["val"]
-            node.replace_all_uses_with(_call(graph, node, aten.sum.dim_IntList, terms, [-2]))
-        graph.erase_node(node)
-        rewritten += 1
-    module.recompile()
-    return rewritten
+    return _rewrite(module, dict.fromkeys(_PRODUCTS, _small_product))
+
+
+def _small_product(graph: Graph, node: Any) -> Any:
+    if not _is_small(node):
+        return None
+    left, right = node.args
+    rows = _new(graph, _value(left).unsqueeze(-1), aten.unsqueeze.default, left, -1)
+    columns = _new(graph, _value(right).unsqueeze(-3), aten.unsqueeze.default, right, -3)
+    terms = _new(graph, _value(rows) * _value(columns), aten.mul.Tensor, rows, columns)
+    return _call(graph, node, aten.sum.dim_IntList, terms, [-2])
 
 
 def _is_small(node: Any) -> bool:
@@ -104,27 +104,23 @@ def long_sums_in_parts(module: GraphModule) -> int:
     such a sum more than the product of a single trial does, and fills less of the device than products of its parts do.
     Only sums whose parts can be viewed without a copy are rewritten, which a prime number of rows rules out.
     """
-    graph = module.graph
-    rewritten = 0
-    for node in list(graph.nodes):
-        parts = _parts(node) if node.target is aten.bmm.default else 1
-        if parts == 1:
-            continue
-        left, right = node.args
-        with graph.inserting_before(node):
-            turned = _in_parts(graph, _permuted(graph, left), parts)
-            product = graph.call_function(aten.bmm.default, (_permuted(graph, turned), _in_parts(graph, right, parts)))
-            slots, *shape = _value(node).shape
-            product.meta["val"] = _value(node).new_empty((slots * parts, *shape))
-            terms = _reshaped(graph, product, [slots, parts, *shape])
-            node.replace_all_uses_with(_call(graph, node, aten.sum.dim_IntList, terms, [1]))
-        graph.erase_node(node)
-        rewritten += 1
-    module.recompile()
-    return rewritten
+    return _rewrite(module, {aten.bmm.default: _long_product})
 
 
-def _parts(node: Any) -> int:
+def _long_product(graph: Graph, node: Any) -> Any:
+    parts = _number_of_parts(node)
+    if parts == 1:
+        return None
+    left, right = node.args
+    turned = _in_parts(graph, _transposed(graph, left), parts)
+    slots, *shape = _value(node).shape
+    value = _value(node).new_empty((slots * parts, *shape))
+    product = _new(graph, value, aten.bmm.default, _transposed(graph, turned), _in_parts(graph, right, parts))
+    terms = _new(graph, value.reshape(slots, parts, *shape), aten.reshape.default, product, [slots, parts, *shape])
+    return _call(graph, node, aten.sum.dim_IntList, terms, [1])
+
+
+def _number_of_parts(node: Any) -> int:
     """In how many parts of equal length, nearest to `_PART`, a product's sum is taken; 1 for one that stays whole."""
     left, right = (_value(argument) for argument in node.args)
     length = left.shape[-1]
@@ -140,23 +136,16 @@ def _is_divisible(value: torch.Tensor) -> bool:
     return columns == 1 and slots == value.shape[1] * rows
 
 
-def _permuted(graph: Graph, node: Any) -> Any:
-    """A stack of matrices transposed."""
-    new = graph.call_function(aten.permute.default, (node, [0, 2, 1]))
-    new.meta["val"] = _value(node).permute(0, 2, 1)
-    return new
+def _transposed(graph: Graph, node: Any) -> Any:
+    """A stack of matrices, each transposed."""
+    return _new(graph, _value(node).permute(0, 2, 1), aten.permute.default, node, [0, 2, 1])
 
 
 def _in_parts(graph: Graph, node: Any, parts: int) -> Any:
     """Rows of a stack of matrices as those of a stack that has several times as many."""
     slots, rows, columns = _value(node).shape
-    return _reshaped(graph, node, [slots * parts, rows // parts, columns])
-
-
-def _reshaped(graph: Graph, node: Any, shape: list[int]) -> Any:
-    new = graph.call_function(aten.reshape.default, (node, shape))
-    new.meta["val"] = _value(node).reshape(shape)
-    return new
+    shape = [slots * parts, rows // parts, columns]
+    return _new(graph, _value(node).reshape(shape), aten.reshape.default, node, shape)
 
 
 def constants_as_inputs(module: GraphModule) -> tuple[torch.Tensor, ...]:
@@ -187,42 +176,32 @@ def padded_sums_as_concatenations(module: GraphModule) -> int:
 
     The gradient of a tensor that was read slice by slice is such a sum, of as many terms as there are slices.
     """
-    graph = module.graph
-    rewritten = 0
-    for node in list(graph.nodes):
-        if node.target is not aten.add.Tensor or _continues(node):
-            continue
-        beside = _beside(_terms(node))
-        if beside is None:
-            continue
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(_concatenated(graph, node, *beside))
-        rewritten += 1
-    graph.eliminate_dead_code()
-    module.recompile()
-    return rewritten
+    return _rewrite(module, {aten.add.Tensor: _padded_sum})
 
 
-def _continues(node: Any) -> bool:
-    """Whether a sum is nothing but a term of another one."""
-    return len(node.users) == 1 and next(iter(node.users)).target is aten.add.Tensor and _is_plain_sum(node)
+def _padded_sum(graph: Graph, node: Any) -> Any:
+    if not _is_plain_sum(node) or _is_term(node):
+        return None
+    beside = _beside(_terms(node))
+    return None if beside is None else _concatenated(graph, node, *beside)
 
 
 def _is_plain_sum(node: Any) -> bool:
-    values = [argument.meta["val"] for argument in node.args if isinstance(argument, Node)]
-    alike = len(values) == 2 and values[0].shape == values[1].shape and values[0].dtype == values[1].dtype
-    return alike and not node.kwargs
+    """Whether a node adds two tensors up, and neither broadcasts, casts nor scales."""
+    if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(term, Node) for term in node.args):
+        return False
+    one, other = (_value(term) for term in node.args)
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _is_term(node: Any) -> bool:
+    """Whether a sum is read by nothing but another sum."""
+    return _is_plain_sum(node) and len(node.users) == 1 and _is_plain_sum(next(iter(node.users)))
 
 
 def _terms(node: Any) -> list[Any]:
-    """What a sum of sums adds up, from left to right; nothing where one of them broadcasts or casts."""
-    if not _is_plain_sum(node):
-        return []
-    found = []
-    for argument in node.args:
-        nested = argument.target is aten.add.Tensor and len(argument.users) == 1 and _is_plain_sum(argument)
-        found += _terms(argument) if nested else [argument]
-    return found
+    """What a sum of sums adds up, from left to right."""
+    return [term for part in node.args for term in (_terms(part) if _is_term(part) else [part])]
 
 
 def _beside(terms: list[Any]) -> tuple[int, dict[tuple[int, int], list[Any]]] | None:
@@ -260,20 +239,16 @@ def _concatenated(graph: Graph, like: Any, dim: int, places: dict[tuple[int, int
     parts: list[Any] = []
     reached = 0
     for (start, end), terms in places.items():
-        parts += _zeros(graph, like, dim, start - reached)
+        parts += _gap(graph, like, dim, start - reached)
         parts.append(functools.reduce(lambda one, other: _call(graph, one, aten.add.Tensor, one, other), terms))
         reached = end
-    parts += _zeros(graph, like, dim, size - reached)
+    parts += _gap(graph, like, dim, size - reached)
     return _call(graph, like, aten.cat.default, parts, dim)
 
 
-def _zeros(graph: Graph, like: Any, dim: int, length: int) -> list[Any]:
+def _gap(graph: Graph, like: Any, dim: int, length: int) -> list[Any]:
     """Zeros of a length along one dimension, none for 0."""
-    value = _value(like).narrow(dim, 0, length)
-    kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-    zeros = _call(graph, like, aten.full.default, list(value.shape), 0.0, **kind)
-    zeros.meta["val"] = value
-    return [zeros] if length else []
+    return [_filled(graph, _value(like).narrow(dim, 0, length), 0.0)] if length else []
 
 
 def _is_expanded(node: Any) -> bool:
@@ -287,14 +262,10 @@ def _own_memory(graph: Graph, base: Any) -> Any:
     value, root = _value(base), base
     while root.target in _VIEWS or root.target in _REPEATS:
         root = root.args[0]
+    own = torch.empty_like(value, memory_format=torch.contiguous_format)
     if root.target is aten.full.default:
-        fill = root.args[1]
-        kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-        own = graph.call_function(aten.full.default, (list(value.shape), fill), kind)
-    else:
-        own = graph.call_function(aten.clone.default, (base,), {"memory_format": torch.contiguous_format})
-    own.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)
-    return own
+        return _filled(graph, own, root.args[1])
+    return _new(graph, own, aten.clone.default, base, memory_format=torch.contiguous_format)
 
 
 def _value(node: Any) -> torch.Tensor:
@@ -306,11 +277,22 @@ def _argument(node: Node, position: int, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else default
 
 
+def _new(graph: Graph, value: torch.Tensor, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new call that returns what is like an example value."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = value
+    return node
+
+
 def _call(graph: Graph, like: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     """A new call whose value has shape and dtype of an existing node's."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = like.meta["val"]
-    return node
+    return _new(graph, _value(like), target, *args, **kwargs)
+
+
+def _filled(graph: Graph, value: torch.Tensor, fill: Any) -> Any:
+    """A tensor like an example value with one number everywhere."""
+    kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    return _new(graph, value, aten.full.default, list(value.shape), fill, **kind)
 
 
 def _input(graph: Graph, node: Any) -> Any:
@@ -346,9 +328,7 @@ def _copy(graph: Graph, node: Any) -> Any:
     source: Any = node.args[1]
     target = _value(node)
     if _value(source).dtype != target.dtype:
-        cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": target.dtype})
-        cast.meta["val"] = _value(source).to(target.dtype)
-        source = cast
+        source = _new(graph, _value(source).to(target.dtype), aten._to_copy.default, source, dtype=target.dtype)
     if _value(source).shape != target.shape:
         source = _call(graph, node, aten.expand.default, source, list(target.shape))
     return source
@@ -393,9 +373,7 @@ def _slice_scatter(graph: Graph, node: Any) -> Any:
 def _part(graph: Graph, base: Any, dim: int, start: int, end: int) -> Any:
     if start == end:
         return None
-    part = graph.call_function(aten.slice.Tensor, (base, dim, start, end))
-    part.meta["val"] = _value(base).narrow(dim, start, end - start)
-    return part
+    return _new(graph, _value(base).narrow(dim, start, end - start), aten.slice.Tensor, base, dim, start, end)
 
 
 def _select_scatter(graph: Graph, node: Any) -> Any:
@@ -405,8 +383,7 @@ def _select_scatter(graph: Graph, node: Any) -> Any:
         return None
     place: int = dim % len(shape)
     start: int = index % shape[place]
-    row = graph.call_function(aten.unsqueeze.default, (source, place))
-    row.meta["val"] = _value(source).unsqueeze(place)
+    row = _new(graph, _value(source).unsqueeze(place), aten.unsqueeze.default, source, place)
     around = [*[0, 0] * (len(shape) - 1 - place), start, shape[place] - start - 1]
     return _call(graph, node, aten.constant_pad_nd.default, row, around, 0.0)
 
@@ -418,17 +395,7 @@ def _is_zero(node: Any) -> bool:
 
 
 def _full_like(graph: Graph, node: Any) -> Any:
-    value, fill = _value(node), node.args[1]
-    return _call(
-        graph,
-        node,
-        aten.full.default,
-        list(value.shape),
-        fill,
-        dtype=value.dtype,
-        device=value.device,
-        pin_memory=False,
-    )
+    return _filled(graph, _value(node), node.args[1])
 
 
 def _index_select(graph: Graph, node: Any) -> Any:

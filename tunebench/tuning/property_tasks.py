@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,17 +201,18 @@ class _Tasks:
             RunError: a reference cannot be had.
             Interrupted: the run is cancelled or drained.
         """
+        say_left = partial(self._say, len(jobs), what)
         while left := [job for job in jobs if job.left(self._run)]:
             self._orders.wait_for_resume()
-            self._say(len(jobs) - len(left), len(jobs), what)
-            self._round(left, lambda waiting: self._say(len(jobs) - waiting, len(jobs), what))
-        self._say(len(jobs), len(jobs), what)
+            say_left(len(left))
+            self._round(left, say_left)
+        say_left(0)
 
-    def _say(self, done: int, planned: int, what: str) -> None:
-        say(self._console, f"properties: {done} of {planned} {what} done")
+    def _say(self, planned: int, what: str, left: int) -> None:
+        say(self._console, f"properties: {planned - left} of {planned} {what} done")
         self._said = time.monotonic()
 
-    def _round(self, jobs: Sequence[ModelJob], say_waiting: Callable[[int], None]) -> None:
+    def _round(self, jobs: Sequence[ModelJob], say_left: Callable[[int], None]) -> None:
         """Start all jobs and wait; Ray runs as many at a time as the cluster has room for."""
         remote: Any = ray.remote(_measure)
         where = "DEFAULT" if self._node is None else NodeAffinitySchedulingStrategy(node_id=self._node, soft=False)
@@ -231,7 +233,7 @@ class _Tasks:
                 for task in ready:
                     self._end(task, tasks)
                 if pending and time.monotonic() - self._said >= _SAY_EVERY_S:
-                    say_waiting(len(pending))
+                    say_left(len(pending))
         finally:
             for task in pending:
                 ray.cancel(task, force=True)
