@@ -377,6 +377,31 @@ BROKEN = [
         extra=THREE,
     ),
     BrokenStudy(id="no test file", key="workloads[0].data.test", edit=extxyz(test="nowhere.xyz"), extra=THREE),
+    BrokenStudy(id="slice of words", key="workloads[0].data.train", edit=extxyz(train="three.xyz@a:b"), extra=THREE),
+    BrokenStudy(
+        id="slice of four numbers", key="workloads[0].data.train", edit=extxyz(train="three.xyz@1:2:3:4"), extra=THREE
+    ),
+    BrokenStudy(id="slice in no steps", key="workloads[0].data.val", edit=extxyz(val="three.xyz@::0"), extra=THREE),
+    BrokenStudy(
+        id="slice of no file",
+        key="workloads[0].data.ood.hot",
+        edit=extxyz(ood={"hot": "nowhere.xyz@1:"}, frames={"train": 5, "val": 1, "test": 1, "ood": 1}),
+        extra=THREE,
+    ),
+    BrokenStudy(
+        id="slice of no frames",
+        key="workloads[0].data.train",
+        edit=extxyz(train="three.xyz@3:"),
+        extra=THREE,
+        needs_data=True,
+    ),
+    BrokenStudy(
+        id="slices that overlap",
+        key="workloads[0].data.test",
+        edit=extxyz(train="twelve.xyz@:8", test="twelve.xyz@7:", allow_duplicates=True),
+        extra={"twelve.xyz": THREE_FRAMES * 4},
+        needs_data=True,
+    ),
     BrokenStudy(
         id="hot file without frames",
         key="workloads[0].data.frames.ood",

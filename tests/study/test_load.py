@@ -342,6 +342,26 @@ def test_data_files_are_found_beside_the_study_and_through_variables(
     assert resolve(tmp_path / "runs" / "study.yaml").hash == resolved.hash
 
 
+def test_a_slice_of_a_file_is_frozen_with_the_study_and_counts_in_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "three.xyz").write_text(THREE_FRAMES)
+    three = tmp_path.resolve() / "three.xyz"
+    study = quickstart()
+    parts = {"train": "three.xyz@1:", "ood": {"hot": "three.xyz@-3"}}
+    frames = {"train": 5, "val": 1, "test": 1, "ood": 1}
+    extxyz(**parts, test=str(three), frames=frames)(study)
+    resolved = resolve(written(tmp_path, study))
+    data = resolved.study.workloads[0].data
+    assert isinstance(data, ExtxyzData)
+    assert (data.train, data.test, data.ood) == (f"{three}@1:", str(three), {"hot": f"{three}@-3"})
+
+    resolved.write(tmp_path / "run")
+    assert f"train: {three}@1:" in (tmp_path / "run" / "study.yaml").read_text().replace("'", "")
+    assert load_run(tmp_path / "run").study.workloads[0].data == data
+    assert resolve(tmp_path / "run" / "study.yaml").hash == resolved.hash
+    extxyz(**parts | {"train": "three.xyz@2:"}, test=str(three), frames=frames)(study)
+    assert resolve(written(tmp_path, study)).hash != resolved.hash
+
+
 def test_a_run_can_be_read_where_its_data_are_not(tmp_path: Path) -> None:
     (tmp_path / "three.xyz").write_text(THREE_FRAMES)
     study = quickstart()

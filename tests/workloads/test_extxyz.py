@@ -9,6 +9,7 @@ from tunebench.study.spec import ExtxyzData, ExtxyzKeys, SplitFrames
 from tunebench.workloads.data import prepare
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.extxyz import extxyz_frames, identity
+from tunebench.workloads.structure_files import file_hash
 
 COUNTS = {"train": 8, "val": 4, "test": 4, "ood": 0}
 
@@ -67,6 +68,77 @@ def test_more_frames_than_the_file_has_names_the_split(base: Path, split: str, c
         drawn(base, counts)
 
 
+def test_splits_take_slices_of_one_file(base: Path) -> None:
+    all_of_them = [frame.get_potential_energy() for frame in ase.io.read(base / "ethanol.xyz", ":")]
+    energies = drawn(
+        base,
+        {"train": 5, "val": 3, "test": 4, "ood": 1},
+        train="ethanol.xyz@:8",
+        test="ethanol.xyz@8:16:2",
+        ood={"last": "ethanol.xyz@-1", "odd": "ethanol.xyz@9:16:2"},
+    )
+    assert {*energies["train"], *energies["val"]} == set(all_of_them[:8])
+    assert set(energies["test"]) == set(all_of_them[8:16:2])
+    assert energies["ood:last"] == all_of_them[-1:]
+    assert set(energies["ood:odd"]) < set(all_of_them[9:16:2])
+
+
+def test_a_slice_is_drawn_from_as_a_file_that_holds_it(base: Path) -> None:
+    ase.io.write(base / "some.xyz", ase.io.read(base / "ethanol.xyz", "1:18"), format="extxyz")
+    assert drawn(base, train="ethanol.xyz@1:18") == drawn(base, train="some.xyz")
+
+
+def test_more_frames_than_a_slice_has_names_file_slice_and_what_it_has(base: Path) -> None:
+    allowed = r"at most 2: ethanol\.xyz@::2 has 10, of which 8 already serve other splits"
+    with pytest.raises(WorkloadError, match=rf"^data\.frames\.train: found 8, allowed: {allowed}$"):
+        drawn(base, train="ethanol.xyz@::2")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize(
+    ("key", "files"),
+    [
+        ("test", {"train": "ethanol.xyz@:15", "test": "ethanol.xyz@14:"}),
+        ("val", {"train": "ethanol.xyz", "val": "ethanol.xyz@14"}),
+        ("test", {"train": "ethanol.xyz@:14", "test": "../{folder}/ethanol.xyz"}),
+        ("test", {"train": "ethanol.xyz@::2", "test": "ethanol.xyz@-4:"}),
+    ],
+)
+def test_slices_of_one_file_that_overlap_are_refused_whatever_is_allowed(
+    base: Path, key: str, files: dict[str, str], allowed: bool
+) -> None:
+    named = {name: text.format(folder=base.name) for name, text in files.items()}
+    with pytest.raises(
+        WorkloadError, match=rf"^data\.{key}: found 'ethanol.* of data\.train, .*`allow_duplicates` too$"
+    ):
+        drawn(base, {"train": 1, "val": 1, "test": 1}, allow_duplicates=allowed, **named)
+
+
+def test_slices_out_of_distribution_are_apart_too(base: Path) -> None:
+    found = r"ethanol\.xyz@17: with 1 of the frames of data\.ood\.a, ethanol\.xyz@14:18, such as frame 17"
+    with pytest.raises(WorkloadError, match=rf"^data\.ood\.b: found '{found}'"):
+        drawn(
+            base,
+            {"train": 4, "ood": 1},
+            train="ethanol.xyz@:14",
+            ood={"a": "ethanol.xyz@14:18", "b": "ethanol.xyz@17:"},
+        )
+
+
+def test_equal_frames_in_slices_apart_are_a_leak_unless_they_are_allowed(base: Path) -> None:
+    frames = ase.io.read(base / "ethanol.xyz", ":12")
+    ase.io.write(base / "twice.xyz", [*frames, *frames], format="extxyz")
+    data = ExtxyzData(
+        source="extxyz",
+        train="twice.xyz@:12",
+        test="twice.xyz@12:",
+        frames=SplitFrames(train=8, val=4, test=12),
+    )
+    with pytest.raises(WorkloadError, match=r"^data: found '8 of 8 train frames among the test frames"):
+        prepare(data, base=base, cache=base / "cache")
+    assert prepare(data.model_copy(update={"allow_duplicates": True}), base=base, cache=base / "cache")
+
+
 def test_environment_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DATA", str(base))
     assert drawn(Path("/nowhere"), train="${MY_DATA}/ethanol.xyz") == drawn(base)
@@ -82,6 +154,14 @@ def test_a_missing_file_is_named_with_its_key(base: Path, key: str) -> None:
     data = ExtxyzData(**{"source": "extxyz", "train": "ethanol.xyz", "frames": frames, **named})
     for use in (lambda: identity(data, base), lambda: extxyz_frames(data, base, lambda line: None)):
         with pytest.raises(WorkloadError, match=rf"^data\.{key}: found 'gone\.xyz', allowed: an existing file; "):
+            use()
+
+
+@pytest.mark.parametrize("part", ["a:b", "1:2:3:4", "::0", "", "1.5"])
+def test_a_malformed_slice_is_refused_with_its_key(base: Path, part: str) -> None:
+    data = ExtxyzData(source="extxyz", train=f"ethanol.xyz@{part}", frames=SplitFrames(**COUNTS))
+    for use in (lambda: identity(data, base), lambda: extxyz_frames(data, base, lambda line: None)):
+        with pytest.raises(WorkloadError, match=r"^data\.train: found 'ethanol\.xyz@.*may follow the '@'$"):
             use()
 
 
@@ -111,3 +191,32 @@ def test_a_key_of_configuration_types_that_no_frame_has_is_a_mistake(base: Path)
 def test_data_without_configuration_types_are_identified_as_before_there_were_any(base: Path) -> None:
     data = ExtxyzData(source="extxyz", train="ethanol.xyz", frames=SplitFrames(**COUNTS))
     assert "config_type" not in identity(data, base)["data"]["keys"]
+
+
+def test_data_without_slices_are_identified_as_before_there_were_any(base: Path) -> None:
+    """A study's prepared data are found by this; the text is what the version without slices made of it."""
+    (base / "ethanol.xyz").write_text("known\n")
+    data = ExtxyzData(source="extxyz", train="ethanol.xyz", ood={"far": "ethanol.xyz"}, frames=SplitFrames(**COUNTS))
+    known = file_hash(base / "ethanol.xyz")
+    assert identity(data, base)["data"] == {
+        "source": "extxyz",
+        "train": known,
+        "val": None,
+        "test": None,
+        "ood": {"far": known},
+        "frames": COUNTS,
+        "keys": {"energy": "energy", "forces": "forces", "stress": "stress"},
+        "allow_duplicates": False,
+        "seed": 0,
+    }
+
+
+def test_a_slice_is_identified_by_the_files_content_and_itself_wherever_the_file_lies(base: Path) -> None:
+    content = file_hash(base / "ethanol.xyz")
+    parts = {"train": "ethanol.xyz@:12", "val": "ethanol.xyz@12:16", "test": "ethanol.xyz@16:", "ood": {}}
+    data = ExtxyzData(**{"source": "extxyz", "frames": SplitFrames(**COUNTS), **parts})
+    found = identity(data, base)["data"]
+    assert [found[key] for key in ("train", "val", "test")] == [f"{content}@{part}" for part in (":12", "12:16", "16:")]
+    (base / "elsewhere").mkdir()
+    (base / "ethanol.xyz").rename(base / "elsewhere" / "ethanol.xyz")
+    assert identity(data, base / "elsewhere")["data"] == found

@@ -5,10 +5,9 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from tunebench.study.spec import ExtxyzKeys
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.leaks import check_leaks, fingerprints, fingerprints_hash, shared_frames
-from tunebench.workloads.structure_files import read_labelled
+from tunebench.workloads.structure_files import read_structures
 
 
 def shared(first: Atoms, second: Atoms) -> bool:
@@ -80,8 +79,7 @@ def test_a_leak_names_both_splits_and_counts_frames() -> None:
 @pytest.mark.data
 def test_strained_crystals_of_mlearn_recur_turned_by_symmetry(reference_data) -> None:
     train, test = (
-        read_labelled(reference_data / "mlearn" / f"Si_{split}.xyz.xz", ExtxyzKeys(), "data.train")
-        for split in ("train", "test")
+        read_structures(reference_data / "mlearn" / f"Si_{split}.xyz.xz", "data.train") for split in ("train", "test")
     )
     pairs = shared_frames(fingerprints(train), fingerprints(test))
     assert {there for _, there in pairs} == {22, 23, 24}
@@ -91,7 +89,7 @@ def test_strained_crystals_of_mlearn_recur_turned_by_symmetry(reference_data) ->
 @pytest.mark.data
 def test_published_splits_of_rmd17_ethanol_share_nothing(reference_data) -> None:
     train, test = (
-        fingerprints(read_labelled(reference_data / "rmd17" / f"ethanol_{split}.xyz.xz", ExtxyzKeys(), "data.train"))
+        fingerprints(read_structures(reference_data / "rmd17" / f"ethanol_{split}.xyz.xz", "data.train"))
         for split in ("train", "test")
     )
     assert shared_frames(train, test) == []

@@ -15,7 +15,7 @@ from tunebench.study.checks import space_problems, study_problems
 from tunebench.study.extension import extended
 from tunebench.study.files import replacing
 from tunebench.study.initial import Initial
-from tunebench.study.paths import NoSuchFileError, existing_file
+from tunebench.study.paths import NoSuchFileError, existing_file, frames_of_file
 from tunebench.study.problems import Problem, one_of, parse, raise_problems
 from tunebench.study.search_space import SearchSpace, available_optimizers, shipped_optimizers
 from tunebench.study.spec import (
@@ -207,7 +207,7 @@ def _adopted(workload: Workload, initial: Initial, folder: Path) -> tuple[Worklo
 
 
 def _with_data_files(study: Study, folder: Path) -> tuple[Study, list[Problem]]:
-    """The study with absolute paths of its data files, and what is wrong with them."""
+    """The study with absolute paths of its data files and their slices, and what is wrong with them."""
     problems: list[Problem] = []
     workloads = []
     for index, workload in enumerate(study.workloads):
@@ -228,7 +228,7 @@ def _located(workload: Workload, folder: Path) -> tuple[Workload, list[Problem]]
         if text is None:
             continue
         try:
-            files[key] = str(existing_file(text, folder))
+            files[key] = str(frames_of_file(text, folder))
         except NoSuchFileError as error:
             problems.append(Problem(key, text, str(error)))
     ood = {name: files[f"ood.{name}"] for name in data.ood}

@@ -79,7 +79,9 @@ class ExtxyzKeys(Section):
 class ExtxyzData(Section):
     """Any ASE-readable files, plain or compressed (.xz, .gz).
 
-    `${VARIABLE}` in a path is taken from the environment; a relative path starts at the study file's folder.
+    `${VARIABLE}` in a path is taken from the environment; a relative path starts at the study file's folder. A path may
+    end in ASE's slice, `FILE@START:STOP:STEP`, or in one index, `FILE@-1`: then it stands for these frames of the file.
+    Slices of one file may not overlap.
     """
 
     source: Literal["extxyz"] = Field(description="files that ASE reads")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from tunebench.study.paths import NoSuchFileError, existing_file
+from tunebench.study.paths import FramesOfFile, NoSuchFileError, frames_of_file
 from tunebench.study.record import OOD_PREFIX, Split
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import ExtxyzData
@@ -21,29 +21,30 @@ from tunebench.workloads.structure_files import CONFIG_TYPE, file_hash, read_lab
 
 @dataclass(frozen=True)
 class _Draw:
-    """Splits that take their frames from one file, in the order in which they take them."""
+    """Splits that take their frames from one file or slice, in the order in which they take them."""
 
     key: str
-    path: Path
+    file: FramesOfFile
     splits: tuple[str, ...]
 
 
 def identity(data: ExtxyzData, base: Path) -> dict[str, Any]:
     """What decides the frames: the description, with the content of the files in place of their paths.
 
-    The files are read for it, so they must be here even when the prepared set already is.
+    A slice follows its file's hash as it follows a path. The files are read for it, so they must be here even when the
+    prepared set already is.
 
     Raises:
-        WorkloadError: a file is missing.
+        WorkloadError: a file is missing, or its slice is none.
     """
     described = data.model_dump(mode="json")
     if data.keys.config_type is None:  # data without it are what they were before there was any
         del described["keys"]["config_type"]
     described.update(
-        train=file_hash(_located(data.train, "data.train", base)),
-        val=None if data.val is None else file_hash(_located(data.val, "data.val", base)),
-        test=None if data.test is None else file_hash(_located(data.test, "data.test", base)),
-        ood={name: file_hash(_located(text, f"data.ood.{name}", base)) for name, text in data.ood.items()},
+        train=_content(data.train, "data.train", base),
+        val=None if data.val is None else _content(data.val, "data.val", base),
+        test=None if data.test is None else _content(data.test, "data.test", base),
+        ood={name: _content(text, f"data.ood.{name}", base) for name, text in data.ood.items()},
     )
     return {"data": described, "versions": {"ase": version("ase")}}
 
@@ -51,9 +52,9 @@ def identity(data: ExtxyzData, base: Path) -> dict[str, Any]:
 def extxyz_frames(data: ExtxyzData, base: Path, progress: Callable[[str], None]) -> dict[str, list[Atoms]]:
     """Read the files and draw the frames of each split.
 
-    The frames of a file are put into one order by a seeded permutation named after the first split it serves. A
-    validation or test split without a file of its own takes the head of the training file's order, so the number of
-    training frames changes neither, and fewer training frames are a subset of more.
+    The frames of a file, or of its slice, are put into one order by a seeded permutation named after the first split it
+    serves. A validation or test split without a file of its own takes the head of the training file's order, so the
+    number of training frames changes neither, and fewer training frames are a subset of more.
 
     Args:
         data: files, label names, frame counts and seed.
@@ -64,15 +65,19 @@ def extxyz_frames(data: ExtxyzData, base: Path, progress: Callable[[str], None])
         Labelled frames by split.
 
     Raises:
-        WorkloadError: a file is missing, unreadable, unlabelled or has fewer frames than asked.
+        WorkloadError: a file is missing, unreadable, unlabelled or has fewer frames than asked, or two slices of one
+            file have frames in common.
     """
     if data.ood and data.frames.ood == 0:
         raise WorkloadError("data.frames.ood", 0, "at least 1 when `ood` names files")
     frames: dict[str, list[Atoms]] = {}
+    taken: dict[_Draw, frozenset[int]] = {}
     for draw in _draws(data, base):
-        progress(f"reading {draw.path.name}")
-        pool = read_labelled(draw.path, data.keys, draw.key)
-        frames.update(_drawn(pool, draw, data))
+        progress(f"reading {draw.file.name}")
+        pool = read_labelled(draw.file, data.keys, draw.key)
+        _check_overlap(draw, pool, taken)
+        taken[draw] = frozenset(pool)
+        frames.update(_drawn(list(pool.values()), draw, data))
     _check_config_types(frames, data)
     order = [Split.TRAIN, Split.VAL, Split.TEST, *(OOD_PREFIX + name for name in data.ood)]
     return {str(split): frames[split] for split in order}
@@ -87,6 +92,16 @@ def _draws(data: ExtxyzData, base: Path) -> list[_Draw]:
     return [_Draw(f"data.{key}", _located(text, f"data.{key}", base), splits) for key, text, splits in files]
 
 
+def _check_overlap(draw: _Draw, indices: Iterable[int], taken: Mapping[_Draw, frozenset[int]]) -> None:
+    # `allow_duplicates` is for frames that happen to be equal, not for slices that were meant to be apart.
+    for other, others in taken.items():
+        common = sorted(others.intersection(indices))
+        if common and other.file.path == draw.file.path and (other.file.part or draw.file.part):
+            found = f"{draw.file.name} with {len(common)} of the frames of {other.key}, {other.file.name}"
+            allowed = "slices of one file without a common frame, with `allow_duplicates` too"
+            raise WorkloadError(draw.key, f"{found}, such as frame {common[0]}", allowed)
+
+
 def _drawn(pool: list[Atoms], draw: _Draw, data: ExtxyzData) -> dict[str, list[Atoms]]:
     counts = data.frames.model_dump()
     order = np.random.default_rng(named_seed(data.seed, "extxyz", draw.splits[-1])).permutation(len(pool))
@@ -98,7 +113,7 @@ def _drawn(pool: list[Atoms], draw: _Draw, data: ExtxyzData) -> dict[str, list[A
             key = "ood" if split.startswith(OOD_PREFIX) else split
             taken = f", of which {start} already serve other splits" if start else ""
             raise WorkloadError(
-                f"data.frames.{key}", count, f"at most {len(pool) - start}: {draw.path.name} has {len(pool)}{taken}"
+                f"data.frames.{key}", count, f"at most {len(pool) - start}: {draw.file.name} has {len(pool)}{taken}"
             )
         drawn[str(split)] = [pool[index] for index in order[start : start + count]]
         start += count
@@ -112,8 +127,14 @@ def _check_config_types(frames: dict[str, list[Atoms]], data: ExtxyzData) -> Non
         raise WorkloadError("data.keys.config_type", named, "a key of the info of some frame")
 
 
-def _located(text: str, key: str, base: Path) -> Path:
+def _content(text: str, key: str, base: Path) -> str:
+    file = _located(text, key, base)
+    content = file_hash(file.path)
+    return f"{content}@{file.part}" if file.part else content
+
+
+def _located(text: str, key: str, base: Path) -> FramesOfFile:
     try:
-        return existing_file(text, base)
+        return frames_of_file(text, base)
     except NoSuchFileError as error:
         raise WorkloadError(key, text, str(error)) from None

@@ -24,6 +24,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from tunebench.study.paths import FramesOfFile
 from tunebench.study.spec import ExtxyzKeys
 from tunebench.workloads.errors import WorkloadError
 
@@ -67,23 +68,30 @@ def read_prepared(path: Path) -> list[Atoms]:
     return list(ase.io.read(path, index=":", format="extxyz"))
 
 
-def read_labelled(path: Path, keys: ExtxyzKeys, key: str) -> list[Atoms]:
-    """Read any ASE-readable file, plain or compressed by xz or gzip, and check that every frame is labelled.
+def read_labelled(file: FramesOfFile, keys: ExtxyzKeys, key: str) -> dict[int, Atoms]:
+    """Read frames of any ASE-readable file, plain or compressed by xz or gzip, and check that each is labelled.
 
     Args:
-        path: the file.
+        file: the file and which of its frames.
         keys: names of the labels, looked for in the single-point calculator, then in ``info`` and ``arrays``.
         key: key of the study file that names this file, for errors.
 
+    Returns:
+        Labelled frames by their index in the file, in the order of the slice.
+
     Raises:
-        WorkloadError: the file is missing, unreadable or empty, or a frame lacks a finite energy or force.
+        WorkloadError: the file is missing, unreadable or empty, its slice takes no frame, or a frame lacks a finite
+            energy or force.
     """
-    if not path.is_file():
-        raise WorkloadError(key, str(path), "an existing file")
-    frames = read_structures(path, key)
+    if not file.path.is_file():
+        raise WorkloadError(key, str(file.path), "an existing file")
+    frames = read_structures(file.path, key)
     if not frames:
-        raise WorkloadError(key, f"{path} without frames", "a file with at least one frame")
-    return [_with_labels(frame, keys, f"{path.name} frame {index}") for index, frame in enumerate(frames)]
+        raise WorkloadError(key, f"{file.path} without frames", "a file with at least one frame")
+    indices = file.indices(len(frames))
+    if not indices:
+        raise WorkloadError(key, str(file), f"a slice that takes at least one of the file's {len(frames)} frames")
+    return {index: _with_labels(frames[index], keys, f"{file.path.name} frame {index}") for index in indices}
 
 
 def read_structures(path: Path, key: str) -> list[Atoms]:
@@ -100,12 +108,12 @@ def read_structures(path: Path, key: str) -> list[Atoms]:
     packed_file = _PACKED.get(path.suffix)
     try:
         if packed_file is None:
-            return list(ase.io.read(path, index=":"))
+            return _all_structures(path)
         with tempfile.TemporaryDirectory(prefix="tunebench-") as folder:
             plain = Path(folder) / path.stem
             with packed_file(path) as packed, plain.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-            return list(ase.io.read(plain, index=":"))
+            return _all_structures(plain)
     except Exception as error:  # ASE's readers raise whatever their parsing meets; all of it means the same here
         raise WorkloadError(key, f"{path} ({type(error).__name__}: {error})", "a file that ASE can read") from error
 
@@ -114,6 +122,10 @@ def file_hash(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _all_structures(path: Path) -> list[Atoms]:
+    return list(ase.io.read(path, index=":", do_not_split_by_at_sign=True))  # the path is a whole name, also with an @
 
 
 def _voigt(stress: Array) -> Array:
