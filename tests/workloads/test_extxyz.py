@@ -3,13 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import ase.io
+import numpy as np
 import pytest
+from ase import Atoms
 
+from tunebench.study.installed import shipped_folder
+from tunebench.study.paths import frames_of_file
 from tunebench.study.spec import ExtxyzData, ExtxyzKeys, SplitFrames
+from tunebench.study.strict_yaml import read_yaml
 from tunebench.workloads.data import prepare
 from tunebench.workloads.errors import WorkloadError
 from tunebench.workloads.extxyz import extxyz_frames, identity
-from tunebench.workloads.structure_files import file_hash
+from tunebench.workloads.structure_files import CONFIG_TYPE, file_hash, read_labelled
 
 COUNTS = {"train": 8, "val": 4, "test": 4, "ood": 0}
 
@@ -220,3 +225,40 @@ def test_a_slice_is_identified_by_the_files_content_and_itself_wherever_the_file
     (base / "elsewhere").mkdir()
     (base / "ethanol.xyz").rename(base / "elsewhere" / "ethanol.xyz")
     assert identity(data, base / "elsewhere")["data"] == found
+
+
+@pytest.mark.data
+def test_the_slices_of_solid_and_melt_hold_what_their_names_say(
+    reference_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBENCH_DATA", str(reference_data))
+    (cold, melt) = (w["data"] for w in read_yaml(shipped_folder("studies") / "solid-and-melt.yaml")["workloads"])
+    assert (cold["train"], cold["ood"]["melt"]) == (melt["ood"]["cold"], melt["train"])
+    slices = {"cold": cold["train"], **cold["ood"]}
+    frames = {
+        name: list(read_labelled(frames_of_file(text, Path()), ExtxyzKeys(config_type="config_type"), name).values())
+        for name, text in slices.items()
+    }
+    sizes = {name: (len(part), {len(frame) for frame in part}) for name, part in frames.items()}
+    assert sizes == {
+        "cold": (35, {54}),
+        "hot": (37, {54}),
+        "melt": (36, {54}),
+        "vacancy": (21, {53}),
+        "strained": (54, {54}),
+    }
+    kinds = {name: {frame.info[CONFIG_TYPE] for frame in part} for name, part in frames.items()}
+    assert kinds.pop("vacancy") == {"Vacancy"}
+    assert kinds.pop("strained") == {"Elastic"}
+    assert set.union(*kinds.values()) == {"AIMD-NVT"}
+    order = {name: [bcc_order(frame) for frame in frames[name]] for name in kinds}
+    assert min(order["cold"]) > 0.98
+    assert 0.8 < min(order["hot"]) < max(order["hot"]) < 0.92
+    assert max(order["melt"]) < 0.3
+
+
+def bcc_order(frame: Atoms) -> float:
+    """Mean modulus of the structure factor at the six 110 reflections of a 3x3x3 cell; 1 for a perfect crystal."""
+    reflections = np.array([(3, 3, 0), (3, -3, 0), (3, 0, 3), (3, 0, -3), (0, 3, 3), (0, 3, -3)])
+    waves = np.exp(2j * np.pi * frame.get_scaled_positions() @ reflections.T)
+    return float(np.abs(waves.mean(axis=0)).mean())
