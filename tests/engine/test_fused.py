@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 from tests.engine.test_functional import batches, build, perturbed
 from tests.forked import PROCESSES
 from tunebench.engine import fused
+from tunebench.engine.divided import Divided
 from tunebench.engine.functional import FunctionalModel, functional_model
 from tunebench.engine.fused import Disagreement, Evaluate, Fused, LossGradient, Unfused, agrees, fuse, quickest, unfuse
 from tunebench.engine.loss import LossWeights, weighted_loss
@@ -145,6 +146,67 @@ def test_the_compiled_gradient_is_the_eager_one_and_its_cache_replaces_trace_and
 def forbid(monkeypatch, *names: str) -> None:
     for name in names:
         monkeypatch.setattr(fused, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+
+
+def test_a_gradient_compiled_in_parts_is_the_plain_one_and_its_cache_replaces_the_processes(
+    prepared_ethanol, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fused, "_number_of_parts", lambda *_: 2)
+    slots = make_slots(prepared_ethanol, "nequip", "float32", num_layers=1)
+    function = LossGradient(slots.function, WEIGHTS)
+    inputs = slots.stacked(function.batch_keys)
+    compiled = fuse(function, inputs, tmp_path)
+    assert isinstance(compiled, Fused)
+    assert isinstance(compiled.compiled, Divided)
+    assert compiled.difference < 1e-5
+
+    forbid(monkeypatch, "make_fx", "standalone_compile", "compile_at_once")
+    again = fuse(LossGradient(slots.function, WEIGHTS), inputs, tmp_path)
+    assert isinstance(again, Fused)
+    assert isinstance(again.compiled, Divided)
+    assert torch.equal(again(*inputs)[0], compiled(*inputs)[0])
+
+
+def test_parts_that_cannot_be_compiled_leave_a_whole(monkeypatch, tmp_path, caplog):
+    def out_of_processes(graphs):
+        raise ChildProcessError("exit code -9, no output")
+
+    monkeypatch.setattr(fused, "_number_of_parts", lambda *_: 3)
+    monkeypatch.setattr(fused, "compile_at_once", out_of_processes)
+    with caplog.at_level(logging.WARNING, logger="tunebench"):
+        form = fuse(Quadratic(), quadratic_inputs(), tmp_path)
+    assert isinstance(form, Fused)
+    assert own_lines(caplog) == ["Quadratic: not compiled in 3 parts, ChildProcessError: exit code -9, no output"]
+
+
+def test_parts_that_compute_something_else_leave_a_whole_which_is_kept(monkeypatch, tmp_path, caplog):
+    class Wrong(Divided):
+        def __call__(self, *inputs):
+            return [output * 1.001 for output in super().__call__(*inputs)]
+
+    monkeypatch.setattr(fused, "_number_of_parts", lambda *_: 2)
+    monkeypatch.setattr(fused, "Divided", Wrong)
+    with caplog.at_level(logging.WARNING, logger="tunebench"):
+        form = fuse(Quadratic(), quadratic_inputs(), tmp_path)
+        forbid(monkeypatch, "standalone_compile", "compile_at_once")
+        again = fuse(Quadratic(), quadratic_inputs(), tmp_path)
+    assert isinstance(form, Fused)
+    assert isinstance(again, Fused)
+    (line,) = own_lines(caplog)
+    assert "not compiled in 2 parts, Disagreement: relative difference 1.0e-03" in line
+
+
+def test_a_device_without_room_is_not_asked_twice(monkeypatch, tmp_path):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "_number_of_parts", lambda *_: 2)
+    monkeypatch.setattr(fused, "agrees", no_room)
+    forbid(monkeypatch, "standalone_compile")
+    form = fuse(Quadratic(), quadratic_inputs(), tmp_path)
+    assert isinstance(form, Unfused)
+    assert form.reason == "not compiled in 2 parts, OutOfMemoryError: CUDA out of memory"
+    assert list(tmp_path.glob("*.inductor"))  # for a start with more room
 
 
 @dataclass(frozen=True)

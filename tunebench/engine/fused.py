@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
+from tunebench.engine.compile_part import compile_at_once
+from tunebench.engine.divided import Compiled, Divided, Division, divide
 from tunebench.engine.functional import FunctionalModel, Tensors
 from tunebench.engine.graph_store import GraphSource, GraphStore, graph_key, one_line, tensor_layouts
 from tunebench.engine.graphs import Replayed, synchronize
@@ -55,6 +59,8 @@ RTOL = 1e-4
 """Largest relative difference between the compiled and the plain form of a single-precision model."""
 
 _TIMED_CALLS = 3
+_MOST_PARTS = 4
+_NODES_OF_A_PART = 1000
 
 
 class SlotFunction(Protocol):
@@ -195,18 +201,25 @@ def fuse(
     """
     store = GraphStore(cache, _key(function, example_inputs))
     unfused, module = _unfused(function, example_inputs, store)
-    try:
-        fused = _compiled(function, example_inputs, unfused, module, store)
-        difference = agrees(fused, unfused, example_inputs, rtol)
-    except Exception as error:  # Inductor raises whatever its compilers do; the plain form needs none of them
-        reason = f"not compiled, {one_line(error)}"
-        log.warning("%s: %s", type(function).__name__, reason)
-        return replace(unfused, reason=reason)
-    took = {**unfused.seconds, **fused.seconds}
-    if "compile" in took:
-        said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
-        log.info("%s: %s", type(function).__name__, said)
-    return replace(fused, difference=difference)
+    reason = ""
+    for parts in sorted({1, _number_of_parts(unfused, example_inputs)}, reverse=True):
+        try:
+            fused = _compiled(function, example_inputs, unfused, module, store, parts)
+            difference = agrees(fused, unfused, example_inputs, rtol)
+        except Exception as error:  # Inductor raises whatever its compilers do; the plain form needs none of them
+            reason = f"not compiled{f' in {parts} parts' if parts > 1 else ''}, {one_line(error)}"
+            log.warning("%s: %s", type(function).__name__, reason)
+            if isinstance(error, torch.OutOfMemoryError):
+                break
+            if parts > 1:
+                store.forget("inductor")
+            continue
+        took = {**unfused.seconds, **fused.seconds}
+        if "compile" in took:
+            said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
+            log.info("%s: %s", type(function).__name__, said)
+        return replace(fused, difference=difference)
+    return replace(unfused, reason=reason)
 
 
 def unfuse(function: SlotFunction, example_inputs: Sequence[Tensors], cache: Path | None = None) -> Unfused:
@@ -383,8 +396,9 @@ def _compiled(
     unfused: Unfused,
     module: GraphModule | None,
     store: GraphStore,
+    parts: int,
 ) -> Fused:
-    """The compiled form from the store, or compiled."""
+    """The compiled form from the store, or compiled as so many parts."""
     began = time.perf_counter()
     kept = _read_compiled(store)
     if kept is not None:
@@ -396,35 +410,62 @@ def _compiled(
         small_products_as_sums(module)
     inputs: list[Any] = [*unfused.layout.inputs(example_inputs), *unfused.source.constants]
     with torch.no_grad(), _inductor_files(store):
-        compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs")
-    _write_compiled(store, compiled)
+        compiled = _compiled_whole(module, inputs, store) if parts == 1 else _compiled_in(parts, module, inputs, store)
     return Fused(unfused, compiled, {"compile": time.perf_counter() - began})
 
 
-def _read_compiled(store: GraphStore) -> Callable[..., Sequence[torch.Tensor]] | None:
-    content = store.read("inductor")
-    if content is None:
+def _compiled_whole(module: GraphModule, inputs: list[Any], store: GraphStore) -> Compiled:
+    compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs")
+    if store.folder is not None:
+        try:
+            _keep(store, None, [_saved(compiled)])
+        except Exception as error:  # Inductor cannot keep every kind of graph
+            store.not_kept("inductor", error)
+    return compiled
+
+
+def _compiled_in(parts: int, module: GraphModule, inputs: list[Any], store: GraphStore) -> Compiled:
+    division, graphs = divide(module, inputs, parts)
+    artefacts = compile_at_once(graphs)
+    _keep(store, division, artefacts)
+    return Divided(division, [_loaded(artefact) for artefact in artefacts])
+
+
+def _number_of_parts(unfused: Unfused, inputs: Sequence[Tensors]) -> int:
+    """In how many parts to compile a graph: elsewhere than on CUDA, whose compilers are many processes, in one."""
+    if not _on_cuda(inputs):
+        return 1
+    return max(1, min(_MOST_PARTS, unfused.nodes // _NODES_OF_A_PART, len(os.sched_getaffinity(0)) // 2))
+
+
+def _keep(store: GraphStore, division: Division | None, artefacts: Sequence[bytes]) -> None:
+    kept = [torch.frombuffer(bytearray(artefact), dtype=torch.uint8) for artefact in artefacts]
+    store.write_plain("inductor", {"division": division and division.to_plain(), "artefacts": kept})
+
+
+def _read_compiled(store: GraphStore) -> Compiled | None:
+    kept = store.read_plain("inductor")
+    if kept is None:
         return None
     try:
-        with store.scratch("inductor") as path, _inductor_files(store):
-            path.write_bytes(content)
-            return CompiledArtifact.load(path=str(path))
+        with _inductor_files(store):
+            parts = [_loaded(artefact.numpy().tobytes()) for artefact in kept["artefacts"]]
+        return Divided(Division.from_plain(kept["division"]), parts) if kept["division"] else parts[0]
     except Exception as error:  # whatever Inductor's own formats raise
         store.refuse("inductor", error)
         return None
 
 
-def _write_compiled(store: GraphStore, compiled: Any) -> None:
-    if store.folder is None:
-        return
-    try:
-        with store.scratch("inductor") as path:
-            compiled.save(path=str(path))
-            content = path.read_bytes()
-    except Exception as error:  # Inductor cannot keep every kind of graph
-        store.not_kept("inductor", error)
-        return
-    store.write("inductor", content)
+def _loaded(artefact: bytes) -> Compiled:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(artefact)
+        return CompiledArtifact.load(path=file.name)
+
+
+def _saved(compiled: CompiledArtifact) -> bytes:
+    with tempfile.NamedTemporaryFile() as file:
+        compiled.save(path=file.name)
+        return Path(file.name).read_bytes()
 
 
 @contextmanager

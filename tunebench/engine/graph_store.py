@@ -90,10 +90,14 @@ class GraphSource:
 
     @cached_property
     def _forward(self) -> Callable[..., list[torch.Tensor]]:
-        scope: dict[str, Any] = dict(_NAMES)
-        code = _CALL.sub(lambda call: f"{_QUICK[call[1]]}(" if call[1] in _QUICK else call[0], self.code)
-        exec(compile(code, "<traced graph>", "exec"), scope)
-        return scope["forward"]  # type: ignore[no-any-return]
+        return forward_of(_CALL.sub(lambda call: f"{_QUICK[call[1]]}(" if call[1] in _QUICK else call[0], self.code))
+
+
+def forward_of(code: str) -> Callable[..., list[torch.Tensor]]:
+    """The function ``forward(self, *tensors)`` that the code of a graph defines."""
+    scope: dict[str, Any] = dict(_NAMES)
+    exec(compile(code, "<traced graph>", "exec"), scope)
+    return scope["forward"]  # type: ignore[no-any-return]
 
 
 def graph_key(*parts: object) -> str:
@@ -161,6 +165,11 @@ class GraphStore:
         torch.save(plain, content)
         self.write(kind, content.getvalue())
 
+    def forget(self, kind: str) -> None:
+        """Remove a kept file."""
+        if path := self._path(kind):
+            path.unlink(missing_ok=True)
+
     @contextmanager
     def scratch(self, kind: str) -> Iterator[Path]:
         """A path of this process alone, beside the files."""
@@ -200,5 +209,5 @@ def _device_name(device: torch.device) -> str:
 def _code_digest() -> str:
     """SHA-256 of the code that makes the graphs."""
     folder = Path(__file__).parent
-    names = ("functional.py", "fused.py", "graph_store.py", "loss.py", "rewrites.py")
+    names = ("compile_part.py", "divided.py", "functional.py", "fused.py", "graph_store.py", "loss.py", "rewrites.py")
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()

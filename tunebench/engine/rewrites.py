@@ -253,14 +253,14 @@ def _gap(graph: Graph, like: Any, dim: int, length: int) -> list[Any]:
 
 def _is_expanded(node: Any) -> bool:
     """Whether a tensor, or one that it is a view of, repeats elements or is a constant."""
-    while node.target in _VIEWS and 0 not in _value(node).stride():
+    while node.target in VIEWS and 0 not in _value(node).stride():
         node = node.args[0]
-    return 0 in _value(node).stride() or node.target in _REPEATS
+    return 0 in _value(node).stride() or node.target in REPEATS
 
 
 def _own_memory(graph: Graph, base: Any) -> Any:
     value, root = _value(base), base
-    while root.target in _VIEWS or root.target in _REPEATS:
+    while root.target in VIEWS or root.target in REPEATS:
         root = root.args[0]
     own = torch.empty_like(value, memory_format=torch.contiguous_format)
     if root.target is aten.full.default:
@@ -441,7 +441,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     prims.iota.default: _iota,
 }
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.alias.default,
         aten.detach.default,
@@ -465,7 +465,7 @@ _FEW_COLUMNS = 32
 _MANY = 2048
 _LONG_SUM = 1024
 _PART = 256
-_REPEATS = frozenset({aten.expand.default, prims.broadcast_in_dim.default})
+REPEATS = frozenset({aten.expand.default, prims.broadcast_in_dim.default})
 _SCATTERS = frozenset(
     {
         aten._unsafe_index_put.default,
