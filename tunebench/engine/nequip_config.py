@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from nequip.utils import get_current_code_versions
@@ -129,10 +131,16 @@ def _dataloaders(workload: Workload) -> dict[str, Any]:
     return {"train_dataloader": training, "val_dataloader": evaluation, "test_dataloader": dict(evaluation)}
 
 
+@lru_cache(maxsize=1)
+def _versions() -> Mapping[str, str | None]:
+    versions: dict[str, str | None] = get_current_code_versions(verbose=False)
+    return versions
+
+
 def info_dict(task: TrialTask, module: dict[str, Any]) -> dict[str, Any]:
     """What NequIP's tools look up in a checkpoint (`ModelFromCheckpoint`, `nequip-compile`, `nequip-package`)."""
     return {
-        "versions": get_current_code_versions(verbose=False),
+        "versions": dict(_versions()),
         "data": data_section(task),
         "trainer": {},
         "global_options": get_latest_global_state(),

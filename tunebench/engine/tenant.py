@@ -188,19 +188,14 @@ class Tenant:
         """NequIP's own checkpoint of the state that was filled in, without the optimizer's; others share the module."""
         own = module_arguments(self._config)
         self._module.hparams.update(own, info_dict=info_dict(self.task, self._config))
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = _trainer()
         trainer.strategy.connect(self._module)
         self._module.trainer = trainer
         trainer.strategy.optimizers = [self._optimizer]
         with replacing(self.book.folder / FINAL) as partial:
             trainer.save_checkpoint(partial, weights_only=True)
-        self._module.trainer = None  # the shared module holds no finished trial's optimizer
+        trainer.strategy.optimizers = []  # neither holds what belonged to a finished trial
+        self._module.trainer = None
 
 
 class ModuleShelf:
@@ -220,6 +215,17 @@ class ModuleShelf:
                 raise
             self._shelf[key] = module, {name: _copied(value) for name, value in module.state_dict().items()}
         return self._shelf[key]
+
+
+@lru_cache(maxsize=1)  # making one takes as long as writing a checkpoint
+def _trainer() -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 @lru_cache(maxsize=16)  # half of what it took a trial with 36 000 steps to join; slots copy it
