@@ -189,9 +189,9 @@ def fuse(
 ) -> Fused | Unfused:
     """Trace a function over slots and compile it, or load both from the cache.
 
-    The compiled form is compared with the plain one on the example inputs. Where it cannot be made or differs, the
-    plain form is returned and one line is logged. A cache file that cannot be read is made anew, and processes may
-    share a cache.
+    The compiled form is compared with the plain one on the example inputs. Where it cannot be made or differs, one line
+    is logged, and the plain form is returned, or where it was one of several parts, the whole graph compiled. A cache
+    file that cannot be read is made anew, and processes may share a cache.
 
     Args:
         function: a function over slots.
@@ -432,7 +432,7 @@ def _compiled_in(parts: int, module: GraphModule, inputs: list[Any], store: Grap
 
 
 def _number_of_parts(unfused: Unfused, inputs: Sequence[Tensors]) -> int:
-    """In how many parts to compile a graph: elsewhere than on CUDA, whose compilers are many processes, in one."""
+    """In how many parts to compile a graph. On a CPU in one: its compiler takes the time, in processes as it is."""
     if not _on_cuda(inputs):
         return 1
     return max(1, min(_MOST_PARTS, unfused.nodes // _NODES_OF_A_PART, len(os.sched_getaffinity(0)) // 2))
