@@ -10,14 +10,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.engine.test_fused import WEIGHTS, make_slots
+from tests.engine.test_rewrites import draw
 from tunebench.engine.compile_part import compile_at_once
 from tunebench.engine.divided import Divided, Division, divide
 from tunebench.engine.fused import LossGradient, joint_graph
 from tunebench.engine.rewrites import constants_as_inputs
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def traced(function, *inputs: torch.Tensor) -> GraphModule:

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tunebench.engine.graph_store import forward_of
+from tunebench.study.processes import module_search_path, usable_cores
 
 
 def compile_at_once(graphs: Sequence[GraphModule]) -> list[bytes]:
@@ -41,8 +42,8 @@ def compile_at_once(graphs: Sequence[GraphModule]) -> list[bytes]:
 def _start(graph: GraphModule, folder: Path, count: int) -> subprocess.Popen[bytes]:
     folder.mkdir()
     torch.save(_source(graph), folder / "source")
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    threads = max(1, usable_cores() // count)
+    environment = {"PYTHONPATH": module_search_path(), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     command = [sys.executable, "-m", __name__, str(folder / "source"), str(folder / "artefact")]
     with (folder / "said").open("wb") as said:
         return subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)

@@ -59,16 +59,10 @@ class Division:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Division:
         """The inverse of `to_plain`."""
-        parts = tuple(
-            Part(
-                inputs=tuple(part["inputs"]), strides=tuple(map(tuple, part["strides"])), outputs=tuple(part["outputs"])
-            )
-            for part in plain["parts"]
-        )
-        return cls(inputs=tuple(plain["inputs"]), outputs=tuple(plain["outputs"]), parts=parts)
+        return cls(**plain | {"parts": tuple(Part(**part) for part in plain["parts"])})
 
     def to_plain(self) -> dict[str, Any]:
-        """Lists of text and numbers."""
+        """Tuples of text and numbers."""
         return asdict(self)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from tunebench.engine.rewrites import (
     simplify,
     small_products_as_sums,
 )
+from tunebench.study.processes import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def fuse(
     for parts in sorted({1, _number_of_parts(unfused, example_inputs)}, reverse=True):
         try:
             fused = _compiled(function, example_inputs, unfused, module, store, parts)
-            difference = agrees(fused, unfused, example_inputs, rtol)
+            fused = replace(fused, difference=agrees(fused, unfused, example_inputs, rtol))
         except Exception as error:  # Inductor raises whatever its compilers do; the plain form needs none of them
             reason = f"not compiled{f' in {parts} parts' if parts > 1 else ''}, {one_line(error)}"
             log.warning("%s: %s", type(function).__name__, reason)
@@ -213,12 +213,12 @@ def fuse(
                 break
             if parts > 1:
                 store.forget("inductor")
-            continue
-        took = {**unfused.seconds, **fused.seconds}
-        if "compile" in took:
-            said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
-            log.info("%s: %s", type(function).__name__, said)
-        return replace(fused, difference=difference)
+        else:
+            took = {**unfused.seconds, **fused.seconds}
+            if "compile" in took:
+                said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
+                log.info("%s: %s", type(function).__name__, said)
+            return fused
     return replace(unfused, reason=reason)
 
 
@@ -435,7 +435,7 @@ def _number_of_parts(unfused: Unfused, inputs: Sequence[Tensors]) -> int:
     """In how many parts to compile a graph. On a CPU in one: its compiler takes the time, in processes as it is."""
     if not _on_cuda(inputs):
         return 1
-    return max(1, min(_MOST_PARTS, unfused.nodes // _NODES_OF_A_PART, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(_MOST_PARTS, unfused.nodes // _NODES_OF_A_PART, usable_cores() // 2))
 
 
 def _keep(store: GraphStore, division: Division | None, artefacts: Sequence[bytes]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from tunebench.engine.functional import Untraceable
 from tunebench.engine.task import TrialTask
 from tunebench.study.environment import environment
 from tunebench.study.plan import ArmPlan, plan_arms
+from tunebench.study.processes import usable_cores
 from tunebench.study.record import Reason
 from tunebench.study.resolve import ResolvedStudy
 from tunebench.study.search_space import Scalar
@@ -263,7 +263,7 @@ def _solo(task: TrialTask, engine: Engine, plan: SoloPlan, say: Say) -> Solo:
 
 def device_threads(device: str) -> int:
     """Threads of a cohort: all cores of the machine on the CPU, a GPU's share of them on CUDA."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return cores if device == "cpu" else max(cores // max(torch.cuda.device_count(), 1), 1)
 
 

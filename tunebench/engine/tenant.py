@@ -192,10 +192,12 @@ class Tenant:
         trainer.strategy.connect(self._module)
         self._module.trainer = trainer
         trainer.strategy.optimizers = [self._optimizer]
-        with replacing(self.book.folder / FINAL) as partial:
-            trainer.save_checkpoint(partial, weights_only=True)
-        trainer.strategy.optimizers = []  # neither holds what belonged to a finished trial
-        self._module.trainer = None
+        try:
+            with replacing(self.book.folder / FINAL) as partial:
+                trainer.save_checkpoint(partial, weights_only=True)
+        finally:  # neither holds on to what belongs to this trial
+            trainer.strategy.optimizers = []
+            self._module.trainer = None
 
 
 class ModuleShelf:

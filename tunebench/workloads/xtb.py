@@ -22,7 +22,7 @@ from typing import Any
 
 from ase import Atoms
 
-import tunebench
+from tunebench.study.processes import module_search_path, usable_cores
 from tunebench.study.record import OOD_PREFIX, Split
 from tunebench.study.seeds import named_seed
 from tunebench.study.spec import WATER_BOX, SplitFrames, XtbData, XtbMixtureData
@@ -96,7 +96,7 @@ def _molecules(data: XtbMixtureData) -> list[XtbData]:
 def _frames_of(sections: Sequence[XtbData], progress: Callable[[str], None]) -> list[dict[str, list[Atoms]]]:
     with (
         tempfile.TemporaryDirectory(prefix="tunebench-xtb-") as folder,
-        ThreadPoolExecutor(_workers()) as pool,
+        ThreadPoolExecutor(usable_cores()) as pool,
         _Processes(pool) as processes,
     ):
         paths = [
@@ -137,8 +137,6 @@ class _Processes:
 
     def start(self, path: Path) -> subprocess.Popen[str]:
         """A process that reads its request on standard input and writes its snapshots to the path."""
-        package_root = str(Path(tunebench.__file__).resolve().parents[1])
-        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         with self._lock:
             if self._stopped:
                 raise CancelledError
@@ -148,7 +146,7 @@ class _Processes:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": search_path},
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": module_search_path()},
             )
             self._started.append(process)
         return process
@@ -158,10 +156,6 @@ def _counts(data: XtbData) -> dict[str, int]:
     frames = data.frames
     counts = {str(Split.TRAIN): frames.train, str(Split.VAL): frames.val, str(Split.TEST): frames.test}
     return counts if data.ood_temperature_kelvin is None else {**counts, HOT: frames.ood}
-
-
-def _workers() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _run(
